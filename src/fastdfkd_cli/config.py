@@ -1,0 +1,414 @@
+"""The whole of a run's settings, as frozen dataclasses that check themselves.
+
+A :class:`RunConfig` has four sections (``synthesis``, ``generator``, ``distillation``, ``schedule``) and a few
+fields of its own. Every field is reachable from the command line as ``--set section.field=value`` and from a YAML
+or JSON file with the same nesting. :mod:`fastdfkd_cli.recipes` builds the named ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from fastdfkd_cli.errors import UsageError, did_you_mean
+
+Method = Literal["fast"]
+Reuse = Literal["none", "sequential", "meta"]
+Images = Literal["generator", "pixel"]
+MetaGradient = Literal["fomaml", "reptile"]
+Latent = Literal["fresh", "meta"]
+Adversarial = Literal["agreement-kl", "jsd"]
+Augmentation = Literal["crop-flip", "resized-crop-flip", "crop", "none"]
+GeneratorKind = Literal["linear", "map"]
+Keep = Literal["best", "last"]
+Average = Literal["none", "ema"]
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise UsageError(f"{name} must be {expected}, not {value!r}.")
+
+
+def _positive(owner: object, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(value > 0, f"{section}.{name}", value, "greater than 0")
+
+
+def _non_negative(owner: object, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(value >= 0, f"{section}.{name}", value, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesisConfig:
+    """How a batch of images is made (the paper's Algorithm 1, lines 4 to 14).
+
+    The three switches of the paper's Table 5 are ``reuse``, ``images`` and ``feature_momentum``.
+    """
+
+    #: What a new batch starts from: nothing, the previous batch's result, or the meta-learned initialisation.
+    reuse: Reuse = "meta"
+    #: What the inner loop optimises: a copy of the generator and its latents, or the pixels themselves.
+    images: Images = "generator"
+    #: First-order MAML (the sum of the inner gradients) or Reptile (the parameter difference, Eq. 10).
+    meta_gradient: MetaGradient = "fomaml"
+    #: Factor on Reptile's parameter difference (published runs: 67; the paper's Eq. 10: 1).
+    reptile_scale: float = 67.0
+    #: Images per synthesised batch.
+    batch_size: int = 256
+    #: k, the inner gradient steps per batch.
+    steps: int = 5
+    #: Inner Adam's learning rate for the generator's copy.
+    lr_generator: float = 3e-3
+    #: Inner Adam's learning rate for z (or for the pixels).
+    lr_latent: float = 1e-2
+    #: The meta optimiser's learning rate; unset: ``lr_generator * steps``.
+    meta_lr_generator: float | None = None
+    #: The meta optimiser's learning rate for a meta-learned z.
+    meta_lr_latent: float = 5e-3
+    #: A new z ~ N(0, I) per batch, or one meta-learned batch of z.
+    latent: Latent = "fresh"
+    #: Re-initialise a meta-learned z and the meta optimiser every so many batches (0: never).
+    latent_reset_every: int = 0
+    #: Re-initialise the generator's first layer once, so many rounds after the warm-up (0: never).
+    generator_reset_after: int = 0
+    #: Adam's betas, inner and meta.
+    beta1: float = 0.5
+    beta2: float = 0.999
+    #: Weight of the feature term (Eq. 13 or 15); 0 switches it off.
+    feature_weight: float = 10.0
+    #: Weight of the accumulated statistics in the feature term; 0 is Eq. 13's term without momentum.
+    feature_momentum: float = 0.9
+    #: Weight of the class term.
+    class_weight: float = 0.4
+    #: Weight of the adversarial term; it counts only once the student is being trained.
+    adversarial_weight: float = 1.1
+    #: Eq. 13's negative JSD, or the published runs' negative KL where teacher and student agree.
+    adversarial: Adversarial = "agreement-kl"
+    #: Softening of both outputs in the adversarial term.
+    adversarial_temperature: float = 1.0
+    #: Which of the k iterates is kept: the one with the lowest loss, or the last.
+    keep: Keep = "best"
+    #: What stands between an image and the teacher.
+    augmentation: Augmentation = "crop-flip"
+
+    def __post_init__(self) -> None:
+        _positive(
+            self, "synthesis", "batch_size", "steps", "lr_generator", "lr_latent", "meta_lr_latent", "reptile_scale"
+        )
+        _positive(self, "synthesis", "adversarial_temperature")
+        if self.meta_lr_generator is not None:
+            _positive(self, "synthesis", "meta_lr_generator")
+        _non_negative(self, "synthesis", "feature_weight", "class_weight", "adversarial_weight")
+        _non_negative(self, "synthesis", "latent_reset_every", "generator_reset_after")
+        _require(self.batch_size >= 2, "synthesis.batch_size", self.batch_size, "2 or more (batch statistics)")
+        for name in ("beta1", "beta2", "feature_momentum"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"synthesis.{name}", value, "in [0, 1)")
+        _require(
+            self.feature_weight + self.class_weight + self.adversarial_weight > 0,
+            "synthesis.feature_weight, class_weight and adversarial_weight",
+            0,
+            "not all zero (nothing would be synthesised)",
+        )
+
+    @property
+    def meta_lr(self) -> float:
+        """The meta optimiser's learning rate for the generator."""
+        return self.lr_generator * self.steps if self.meta_lr_generator is None else self.meta_lr_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """The latent -> image network (built for the teacher's input size and channels)."""
+
+    #: A vector z through a linear layer (32x32 recipes), or a map of z through convolutions alone (224x224).
+    kind: GeneratorKind = "linear"
+    #: Channels of z.
+    latent_dim: int = 256
+    #: Channels of the widest layer; the last block has half of them.
+    width: int = 128
+    #: How many times the map is doubled on the way to the image.
+    upsamplings: int = 2
+
+    def __post_init__(self) -> None:
+        _positive(self, "generator", "latent_dim", "upsamplings")
+        _require(self.width >= 2, "generator.width", self.width, "2 or more")
+        _require(self.upsamplings <= 6, "generator.upsamplings", self.upsamplings, "6 or less")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """How the student learns from the pool (the paper's Eq. 12)."""
+
+    #: Images per KD step.
+    batch_size: int = 256
+    #: Softening of both outputs; the loss is multiplied by its square.
+    temperature: float = 20.0
+    #: SGD's learning rate at the start of the cosine.
+    lr: float = 0.2
+    #: The learning rate at the end of the cosine.
+    lr_min: float = 2e-4
+    #: Share of the KD steps over which the rate rises linearly to ``lr``.
+    lr_warmup: float = 0.0
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    #: How a pool image is varied before teacher and student see it.
+    augmentation: Augmentation = "crop-flip"
+    #: Export the last student, or an exponential moving average of its weights.
+    average: Average = "none"
+    #: Decay of that average, per KD step.
+    average_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        _positive(self, "distillation", "batch_size", "temperature", "lr")
+        _non_negative(self, "distillation", "lr_min", "weight_decay")
+        _require(self.batch_size >= 2, "distillation.batch_size", self.batch_size, "2 or more (batch statistics)")
+        _require(self.lr_min <= self.lr, "distillation.lr_min", self.lr_min, f"at most distillation.lr ({self.lr})")
+        for name in ("momentum", "lr_warmup", "average_decay"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"distillation.{name}", value, "in [0, 1)")
+        _require(
+            not self.nesterov or self.momentum > 0, "distillation.nesterov", self.nesterov, "off without momentum"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How long synthesis and distillation go on, and how they interleave."""
+
+    #: Rounds of synthesis followed by KD steps.
+    rounds: int = 220
+    #: The first rounds, which only synthesise.
+    warmup_rounds: int = 20
+    #: Batches synthesised per round.
+    batches_per_round: int = 1
+    #: KD steps per round.
+    kd_steps_per_round: int = 400
+    #: Rounds without synthesis at the end, of KD steps alone.
+    final_rounds: int = 0
+    #: Wall-clock seconds for synthesis and distillation; with it, ``rounds`` is only the unit in which
+    #: ``warmup_rounds`` and ``final_rounds`` are shares, and the number of rounds follows from the clock.
+    time_budget: float | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self, "schedule", "rounds", "batches_per_round")
+        _positive(self, "schedule", "kd_steps_per_round")
+        _non_negative(self, "schedule", "warmup_rounds", "final_rounds")
+        _require(
+            self.warmup_rounds + self.final_rounds < self.rounds,
+            "schedule.warmup_rounds + schedule.final_rounds",
+            self.warmup_rounds + self.final_rounds,
+            f"less than schedule.rounds ({self.rounds})",
+        )
+        if self.time_budget is not None:
+            _positive(self, "schedule", "time_budget")
+
+    @property
+    def synthesis_rounds(self) -> int:
+        """Rounds that synthesise."""
+        return self.rounds - self.final_rounds
+
+    @property
+    def kd_rounds(self) -> int:
+        """Rounds that train the student."""
+        return self.rounds - self.warmup_rounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run's result, besides the two models and the machine.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+
+    recipe: str = "custom"
+    method: Method = "fast"
+    seed: int = 0
+    #: Ask torch for deterministic algorithms; two runs on the CPU then end with the same student, bit for bit.
+    deterministic: bool = False
+    #: Most images kept; the oldest make room for new ones (0: as many as the run makes).
+    pool_size: int = 0
+    #: Fresh images for the quality signal at the end (0: no signal).
+    quality_images: int = 1024
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        _non_negative(self, "config", "seed", "pool_size", "quality_images")
+        _require(self.seed < 2**63, "config.seed", self.seed, "below 2**63")
+        _require(
+            self.pool_size == 0 or self.pool_size >= self.synthesis.batch_size,
+            "config.pool_size",
+            self.pool_size,
+            f"0 or at least synthesis.batch_size ({self.synthesis.batch_size})",
+        )
+        _require(
+            not (self.deterministic and self.schedule.time_budget is not None),
+            "schedule.time_budget",
+            self.schedule.time_budget,
+            "unset with --deterministic (the clock is not repeatable)",
+        )
+
+    @property
+    def synthetic_images(self) -> int:
+        """Images that the whole schedule synthesises (without a time budget)."""
+        return self.schedule.synthesis_rounds * self.schedule.batches_per_round * self.synthesis.batch_size
+
+    @property
+    def kd_steps(self) -> int:
+        """KD steps of the whole schedule (without a time budget)."""
+        return self.schedule.kd_rounds * self.schedule.kd_steps_per_round
+
+
+ConfigT = TypeVar("ConfigT")
+_SECTIONS: dict[str, type] = {
+    "synthesis": SynthesisConfig,
+    "generator": GeneratorConfig,
+    "distillation": DistillationConfig,
+    "schedule": ScheduleConfig,
+}
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return ``config`` as nested plain values, ready for JSON or YAML."""
+    return dataclasses.asdict(config)
+
+
+def field_names() -> Iterator[str]:
+    """Yield every settable key, dotted: ``seed``, ``synthesis.steps``, ..."""
+    for item in dataclasses.fields(RunConfig):
+        if item.name in _SECTIONS:
+            yield from (f"{item.name}.{inner.name}" for inner in dataclasses.fields(_SECTIONS[item.name]))
+        else:
+            yield item.name
+
+
+def from_dict(values: Mapping[str, Any], *, base: RunConfig | None = None) -> RunConfig:
+    """Return ``base`` (default: the defaults) with ``values``, nested or dotted, put in.
+
+    Raises:
+        UsageError: an unknown key (with the nearest ones), a value of the wrong type or out of range.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in _SECTIONS:
+            if not isinstance(value, Mapping):
+                raise UsageError(f"{key} must be a section with keys of its own, not {value!r}.")
+            flat.update({f"{key}.{inner}": item for inner, item in value.items()})
+        else:
+            flat[str(key)] = value
+    return _apply(base or RunConfig(), flat)
+
+
+def with_overrides(config: RunConfig, assignments: Mapping[str, str]) -> RunConfig:
+    """Return ``config`` with command-line ``key=value`` pairs put in; values are parsed as JSON or as text.
+
+    A key without a section (``steps``) is taken where it is unambiguous.
+
+    Raises:
+        UsageError: as :func:`from_dict`.
+    """
+    return _apply(config, {_full_key(key): _parse(value) for key, value in assignments.items()})
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        lowered = text.lower()
+        return {"none": None, "true": True, "false": False}.get(lowered, text)
+
+
+def _full_key(key: str) -> str:
+    known = list(field_names())
+    if key in known:
+        return key
+    matches = [name for name in known if name.endswith(f".{key}")]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UsageError(f"{key!r} is ambiguous: write {' or '.join(matches)}.")
+    raise UsageError(_unknown(key, known))
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    short = {name.rpartition(".")[2]: name for name in known}
+    hint = did_you_mean(key, known) or did_you_mean(key.rpartition(".")[2], short)
+    return f"Unknown setting {key!r}.{hint} `fastdfkd recipes --show NAME` lists them all."
+
+
+def _apply(config: RunConfig, flat: Mapping[str, Any]) -> RunConfig:
+    known = list(field_names())
+    top: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        if key not in known:
+            raise UsageError(_unknown(key, known))
+        section, _, name = key.rpartition(".")
+        owner = _SECTIONS[section] if section else RunConfig
+        checked = _coerce(key, value, typing.get_type_hints(owner)[name])
+        if section:
+            sections.setdefault(section, {})[name] = checked
+        else:
+            top[name] = checked
+    for section, changes in sections.items():
+        top[section] = dataclasses.replace(getattr(config, section), **changes)
+    return dataclasses.replace(config, **top)
+
+
+def _coerce(key: str, value: Any, hint: Any) -> Any:
+    """Check ``value`` against a field's type; whole numbers pass as floats, nothing else is bent."""
+    options: tuple[Any, ...] = (hint,)
+    if isinstance(hint, types.UnionType):
+        options = typing.get_args(hint)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            choices = typing.get_args(option)
+            if value in choices:
+                return value
+            nearest = did_you_mean(str(value), choices)
+            raise UsageError(f"{key} must be one of {', '.join(choices)}, not {value!r}.{nearest}")
+        if option is bool and isinstance(value, bool):
+            return value
+        if option is str and isinstance(value, str):
+            return value
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if option is float and is_number and math.isfinite(value):
+            return float(value)
+        if option is int and is_number and value == int(value):
+            return int(value)
+    names = " or ".join(
+        {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "none"}[
+            option.__name__
+        ]
+        for option in options
+    )
+    raise UsageError(f"{key} must be {names}, not {value!r}.")
+
+
+__all__ = [
+    "DistillationConfig",
+    "GeneratorConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SynthesisConfig",
+    "field_names",
+    "from_dict",
+    "to_dict",
+    "with_overrides",
+]

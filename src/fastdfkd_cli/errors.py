@@ -1,0 +1,71 @@
+"""What can go wrong, and the exit code that says so.
+
+::
+
+    FastDFKDError            1   failed at run time
+    ├── UsageError           2   the command line, a recipe or a config does not make sense
+    ├── UnavailableError     3   a model, a data set or the Hub cannot be had
+    ├── ThresholdError       4   a stated threshold (--min-top1) was missed
+    └── InterruptedRunError  130 / 143   Ctrl-C or SIGTERM, after cleaning up
+
+Every one of them carries a message of one line that says what is wrong and what to do. Anything else that is
+raised is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FastDFKDError(Exception):
+    """Root of all errors a user can cause or meet."""
+
+    exit_code = 1
+
+
+class UsageError(FastDFKDError):
+    """The request itself cannot be carried out as written."""
+
+    exit_code = 2
+
+
+class UnavailableError(FastDFKDError):
+    """A model, a data set or the Hub is not there, not readable or not what it was said to be."""
+
+    exit_code = 3
+
+
+class ThresholdError(FastDFKDError):
+    """A measured figure stayed below what was asked for."""
+
+    exit_code = 4
+
+
+class InterruptedRunError(FastDFKDError):
+    """The run was stopped by a signal.
+
+    Args:
+        message: what was kept and how to go on.
+        signum: the signal's number (2 for Ctrl-C, 15 for SIGTERM).
+    """
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+def did_you_mean(word: str, known: Iterable[str], *, count: int = 3) -> str:
+    """Return ``" Did you mean a, b?"`` for the known words nearest to ``word``, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
+    return f" Did you mean {', '.join(close)}?" if close else ""
+
+
+__all__ = [
+    "FastDFKDError",
+    "InterruptedRunError",
+    "ThresholdError",
+    "UnavailableError",
+    "UsageError",
+    "did_you_mean",
+]
