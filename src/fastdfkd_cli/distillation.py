@@ -1,0 +1,362 @@
+"""The engine behind ``fastdfkd distill``: synthesis and distillation, interleaved (the paper's Algorithm 1).
+
+It takes models that are already loaded, yields :class:`~fastdfkd_cli.records.Record` while it works, and draws and
+writes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from fastdfkd_cli import losses
+from fastdfkd_cli.augment import augment
+from fastdfkd_cli.config import DistillationConfig, RunConfig
+from fastdfkd_cli.errors import FastDFKDError
+from fastdfkd_cli.methods import Synthesizer
+from fastdfkd_cli.pool import ImagePool, to_float
+from fastdfkd_cli.records import Phase, Record
+from fastdfkd_cli.runtime import synchronize
+
+#: Images that a run bounded only by the clock may hold before the oldest make room.
+DEFAULT_POOL_IMAGES = 100_000
+#: Seconds between two records of a phase.
+RECORD_EVERY = 1.0
+
+
+@dataclass
+class Costs:
+    """Seconds by what they were spent on; distillation includes augmentation and the teacher's pass."""
+
+    synthesis: float = 0.0
+    distillation: float = 0.0
+
+
+@dataclass
+class Clock:
+    """How far a run is, by rounds or by the wall clock.
+
+    With a time budget, the numbers of warm-up and final rounds keep their shares of the rounds that will fit; how many
+    fit is measured (see :meth:`Distillation._fit_schedule`).
+    """
+
+    budget: float | None
+    rounds: int
+    warmup_rounds: int
+    final_rounds: int
+    final_seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    distillation_started: float | None = None
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def out_of_time(self) -> bool:
+        return self.budget is not None and self.elapsed >= self.budget
+
+    def is_final(self, round_index: int) -> bool:
+        """Whether a round comes after the last synthesis."""
+        if self.budget is not None:
+            return self.final_rounds > 0 and self.elapsed >= self.budget - self.final_seconds
+        return round_index >= self.rounds - self.final_rounds
+
+    def distilled(self, step: int, total_steps: int) -> float:
+        """Share of the distillation that is done, 0 to 1: by steps, or by the clock under a time budget."""
+        if self.budget is None:
+            return step / total_steps
+        begin = self.distillation_started or 0.0
+        return min((self.elapsed - begin) / max(self.budget - begin, 1e-9), 1.0)
+
+
+class Student:
+    """A student in training: its optimiser, its learning-rate schedule, its average.
+
+    Args:
+        net: takes images in [0, 1] and returns logits; it is trained in place.
+        config: the distillation section.
+        amp: bf16 autocast in both networks.
+    """
+
+    def __init__(self, net: nn.Module, config: DistillationConfig, device: torch.device, amp: bool) -> None:
+        self.net = net
+        self.config = config
+        self.device = device
+        self.amp = amp
+        self.optimizer = torch.optim.SGD(
+            net.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )
+        self.average = None
+        if config.average == "ema":
+            self.average = ModelEmaV3(net, decay=config.average_decay, use_warmup=True)
+
+    def set_learning_rate(self, done: float) -> float:
+        """Linear warm-up, then a cosine from ``lr`` to ``lr_min``; ``done`` is the share of steps taken, 0 to 1."""
+        config = self.config
+        if done < config.lr_warmup:
+            rate = config.lr * max(done / config.lr_warmup, 0.01)
+        else:
+            position = (done - config.lr_warmup) / (1 - config.lr_warmup)
+            rate = config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * min(position, 1.0))) / 2
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def learn(self, teacher: nn.Module, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """One KD step (Eq. 12) on images in [0, 1]: the loss and the share of equal predictions, on the device."""
+        self.net.train()
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            with torch.no_grad():
+                teacher_logits = teacher(images)
+            student_logits = self.net(images)
+        loss = losses.distillation(teacher_logits, student_logits, self.config.temperature)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.net, step=step)
+        agreement = (teacher_logits.argmax(1) == student_logits.argmax(1)).float().mean()
+        return loss.detach(), agreement
+
+    def finish(self) -> None:
+        """Put the averaged weights and statistics, where an average is kept, into the student itself."""
+        if self.average is not None:
+            self.net.load_state_dict(self.average.module.state_dict())
+        self.net.eval()
+        for name, tensor in self.net.state_dict().items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise FastDFKDError(
+                    f"The student's {name} is not finite after training; nothing was exported. Lower distillation.lr."
+                )
+
+
+class Distillation:
+    """One run. Iterate over it to carry it out::
+
+        run = Distillation(config, teacher, student, synthesizer=..., pool=..., device=..., amp=...)
+        for record in run:
+            ...
+        run.student.net, run.pool, run.costs
+
+    Args:
+        config: the run's settings.
+        teacher: frozen, in evaluation mode; images in [0, 1] -> logits.
+        student: images in [0, 1] -> logits; trained in place.
+        synthesizer: makes the images; None to distil on ``pool`` as it stands.
+        image_size: C, H, W of the images.
+        pool: images made earlier, for a run without synthesis.
+
+    Raises:
+        FastDFKDError: a loss or a weight stopped being finite.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        teacher: nn.Module,
+        student: nn.Module,
+        *,
+        synthesizer: Synthesizer | None,
+        image_size: tuple[int, int, int],
+        device: torch.device,
+        amp: bool,
+        pool: ImagePool | None = None,
+    ) -> None:
+        if synthesizer is None and (pool is None or not len(pool)):
+            raise ValueError("a run needs a synthesizer or a pool with images")
+        self.config = config
+        self.teacher = teacher
+        self.synthesizer = synthesizer
+        self.device = device
+        self.amp = amp
+        self.student = Student(student, config.distillation, device, amp)
+        self.pool = pool if pool is not None else self._new_pool(image_size)
+        self.rng = torch.Generator().manual_seed(config.seed + 1)
+        self.costs = Costs()
+        self.images_made = 0
+        self.steps_taken = 0
+        schedule = config.schedule
+        self.clock = Clock(schedule.time_budget, schedule.rounds, schedule.warmup_rounds, schedule.final_rounds)
+        self._last_record = 0.0
+
+    def _new_pool(self, image_size: tuple[int, int, int]) -> ImagePool:
+        timed = self.config.schedule.time_budget is not None
+        wanted = DEFAULT_POOL_IMAGES if timed else self.config.synthetic_images
+        capacity = self.config.pool_size or max(wanted, self.config.synthesis.batch_size)
+        pool = ImagePool(image_size, capacity, self.device)
+        if not timed:
+            pool.reserve(capacity)
+        return pool
+
+    def __iter__(self) -> Iterator[Record]:
+        self.clock.started = time.perf_counter()
+        round_index = 0
+        while not self._finished(round_index):
+            distils = self.synthesizer is None or round_index >= self.clock.warmup_rounds
+            if self.synthesizer is not None and not self.clock.is_final(round_index):
+                if self._renews(round_index):
+                    self.synthesizer.renew()
+                yield from self._synthesize(distils)
+                if round_index == 0 and self.clock.budget is not None:
+                    self._fit_schedule()
+                    distils = round_index >= self.clock.warmup_rounds
+            if distils:
+                yield from self._distil(round_index)
+            round_index += 1
+        self.student.finish()
+
+    def _finished(self, round_index: int) -> bool:
+        if self.clock.budget is not None:
+            return self.clock.out_of_time and self.steps_taken > 0
+        return round_index >= self.clock.rounds
+
+    def _renews(self, round_index: int) -> bool:
+        after = self.config.synthesis.generator_reset_after
+        return after > 0 and round_index == self.clock.warmup_rounds + after
+
+    def _synthesize(self, distils: bool) -> Iterator[Record]:
+        """A round's batches. The adversarial term counts only once the student is being trained."""
+        assert self.synthesizer is not None
+        for _ in range(self.config.schedule.batches_per_round):
+            began = time.perf_counter()
+            batch = self.synthesizer.synthesize(self.student.net if distils else None)
+            self.pool.add(batch.images, batch.labels)
+            synchronize(self.device)
+            seconds = time.perf_counter() - began
+            self.costs.synthesis += seconds
+            self.images_made += len(batch.images)
+            if self._record_is_due():
+                values = {name: float(value) for name, value in batch.losses.items()}
+                self._check_finite("synthesis", self.images_made, values)
+                total = None if self.clock.budget is not None else self.config.synthetic_images
+                rate = len(batch.images) / seconds
+                yield self._record("synthesis", self.images_made, total, rate=rate, values=values)
+
+    def _distil(self, round_index: int) -> Iterator[Record]:
+        """A round's KD steps (Algorithm 1, lines 17 to 20)."""
+        config = self.config.distillation
+        total = self._total_steps
+        if self.clock.distillation_started is None:
+            self.clock.distillation_started = self.clock.elapsed
+        began, steps_then = time.perf_counter(), self.steps_taken
+        for _ in range(self.config.schedule.kd_steps_per_round):
+            if self.clock.out_of_time and self.steps_taken:
+                break
+            lr = self.student.set_learning_rate(self.clock.distilled(self.steps_taken, total))
+            images, _ = self.pool.sample(config.batch_size, self.rng)
+            images = to_float(augment(images, self.rng, config.augmentation))
+            loss, agreement = self.student.learn(self.teacher, images, self.steps_taken)
+            self.steps_taken += 1
+            if self._record_is_due():
+                values = {"loss": float(loss), "agreement": float(agreement), "lr": lr}
+                self._check_finite("distillation", self.steps_taken, values)
+                rate = (self.steps_taken - steps_then) / (time.perf_counter() - began)
+                end = None if self.clock.budget is not None else total
+                yield self._record("distillation", self.steps_taken, end, rate=rate, values=values)
+        synchronize(self.device)
+        self.costs.distillation += time.perf_counter() - began
+
+    @property
+    def _total_steps(self) -> int:
+        rounds = self.clock.rounds if self.synthesizer is None else self.clock.rounds - self.clock.warmup_rounds
+        return rounds * self.config.schedule.kd_steps_per_round
+
+    def _fit_schedule(self) -> None:
+        """Under a time budget: how many rounds fit, from the first round's synthesis and two KD steps on a copy."""
+        schedule = self.config.schedule
+        synthesis_seconds = self.costs.synthesis
+        kd_seconds = schedule.kd_steps_per_round * self.time_kd_step()
+        warmup = schedule.warmup_rounds / schedule.rounds
+        final = schedule.final_rounds / schedule.rounds
+        per_round = synthesis_seconds * (1 - final) + kd_seconds * (1 - warmup)
+        assert self.clock.budget is not None
+        self.clock.rounds = max(int(self.clock.budget / per_round), 1)
+        self.clock.warmup_rounds = round(warmup * self.clock.rounds)
+        self.clock.final_rounds = schedule.final_rounds
+        self.clock.final_seconds = final * self.clock.rounds * kd_seconds
+
+    def time_kd_step(self) -> float:
+        """Seconds of one KD step, measured on a copy of the student that is thrown away."""
+        copied = Student(copy.deepcopy(self.student.net), self.config.distillation, self.device, self.amp)
+        count = self.config.distillation.batch_size
+        rng = torch.Generator().manual_seed(0)
+        seconds = math.inf
+        for _ in range(3):
+            began = time.perf_counter()
+            images, _ = self.pool.sample(count, rng)
+            copied.learn(self.teacher, to_float(augment(images, rng, self.config.distillation.augmentation)), 0)
+            synchronize(self.device)
+            seconds = min(seconds, time.perf_counter() - began)
+        return seconds
+
+    # -- records ------------------------------------------------------------------------------------------------
+
+    def _record_is_due(self) -> bool:
+        """Once a second at most: reading figures makes the device wait."""
+        now = time.perf_counter()
+        if now - self._last_record < RECORD_EVERY:
+            return False
+        self._last_record = now
+        return True
+
+    def _record(
+        self, phase: Phase, step: int, total: int | None, *, rate: float, values: dict[str, float]
+    ) -> Record:
+        progress = self._progress()
+        elapsed = self.clock.elapsed
+        remaining = elapsed * (1 - progress) / progress if progress > 0.01 else None
+        if self.clock.budget is not None:
+            remaining = max(self.clock.budget - elapsed, 0.0)
+        return Record(
+            phase=phase,
+            step=step,
+            total=total,
+            unit="images" if phase == "synthesis" else "steps",
+            progress=progress,
+            elapsed=elapsed,
+            remaining=remaining,
+            rate=rate,
+            values=values,
+        )
+
+    def _progress(self) -> float:
+        """Share of the run that is done, each phase weighted by what it has cost so far."""
+        if self.clock.budget is not None:
+            return min(self.clock.elapsed / self.clock.budget, 1.0)
+        distilled = self.steps_taken / self._total_steps
+        if self.synthesizer is None:
+            return distilled
+        made = self.images_made / self.config.synthetic_images
+        if not self.steps_taken:
+            # Nothing is known of a KD step's cost yet: count images, as if they were all there is.
+            return min(made, 0.99) * self.clock.warmup_rounds / self.clock.rounds
+        per_image = self.costs.synthesis / max(self.images_made, 1)
+        per_step = max(self.costs.distillation, 1e-9) / self.steps_taken
+        whole = per_image * self.config.synthetic_images + per_step * self._total_steps
+        return min((per_image * self.images_made + per_step * self.steps_taken) / whole, 1.0)
+
+    @staticmethod
+    def _check_finite(phase: str, step: int, values: dict[str, float]) -> None:
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            section = "synthesis.lr_generator" if phase == "synthesis" else "distillation.lr"
+            unit = "image" if phase == "synthesis" else "step"
+            raise FastDFKDError(
+                f"The {phase} loss stopped being finite at {unit} {step} ({', '.join(broken)}); nothing was "
+                f"exported. Lower {section}, or use --no-amp."
+            )
+
+
+__all__ = ["DEFAULT_POOL_IMAGES", "Clock", "Costs", "Distillation", "Student"]

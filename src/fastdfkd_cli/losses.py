@@ -1,0 +1,73 @@
+"""The terms of the inversion loss and of distillation, as pure functions over ``[B, C, ...]``.
+
+Logits are ``[B, C]`` for a classifier or ``[B, C, H, W]`` for a dense predictor; class scores always stand in
+dimension 1, and each function averages over all other dimensions. Everything is computed in float32, whatever the
+precision of the logits. Equation numbers are those of Fang et al., "Up to 100x Faster Data-Free Knowledge
+Distillation", AAAI 2022.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def classification(teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """L_cls(x) = CE(f_t(x), c), Eq. 13: the teacher should recognise the class that was asked for.
+
+    Args:
+        teacher_logits: ``[B, C, ...]``.
+        labels: class indices, int64 ``[B, ...]``.
+    """
+    return F.cross_entropy(teacher_logits.float(), labels)
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(softmax(p / T) || softmax(q / T)) in nats per position: ``[B, C, ...] -> [B, ...]``."""
+    log_p = F.log_softmax(p_logits.float() / temperature, dim=1)
+    log_q = F.log_softmax(q_logits.float() / temperature, dim=1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def jensen_shannon(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """JSD of the softened outputs in nats per position (0 to ln 2): ``[B, C, ...] -> [B, ...]``."""
+    p = F.softmax(p_logits.float() / temperature, dim=1)
+    q = F.softmax(q_logits.float() / temperature, dim=1)
+    # The clamp keeps 0 log 0 at 0 in value and in gradient where a softmax underflows.
+    log_p, log_q, log_m = (x.clamp_min(1e-12).log() for x in (p, q, (p + q) / 2))
+    return 0.5 * ((p * (log_p - log_m)).sum(dim=1) + (q * (log_q - log_m)).sum(dim=1))
+
+
+def adversarial_jsd(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """L_adv(x) = -JSD(f_t(x) / tau || f_s(x) / tau), Eq. 13: seek images on which the two disagree."""
+    return -jensen_shannon(teacher_logits, student_logits, temperature).mean()
+
+
+def adversarial_agreement_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """The published runs' adversarial term: -KL(teacher || student) where both predict the same class.
+
+    Where they already disagree the image has done its work, and pushing further would leave the teacher's domain.
+    """
+    same = teacher_logits.argmax(dim=1) == student_logits.argmax(dim=1)
+    return -(kl_divergence(teacher_logits, student_logits, temperature) * same).mean()
+
+
+def distillation(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(f_t(x) / T || f_s(x) / T), Eq. 12 with Hinton et al.'s temperature; 0 where the two agree.
+
+    The factor T^2 keeps the size of the gradient independent of T (Hinton, Vinyals & Dean 2015).
+    """
+    return temperature**2 * kl_divergence(teacher_logits, student_logits, temperature).mean()
+
+
+ADVERSARIAL = {"agreement-kl": adversarial_agreement_kl, "jsd": adversarial_jsd}
+
+__all__ = [
+    "ADVERSARIAL",
+    "adversarial_agreement_kl",
+    "adversarial_jsd",
+    "classification",
+    "distillation",
+    "jensen_shannon",
+    "kl_divergence",
+]

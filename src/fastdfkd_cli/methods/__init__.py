@@ -1,0 +1,71 @@
+"""The methods: one paper, one file. A method makes images; it imports no other method.
+
+What an engine asks of a method is the :class:`Synthesizer` protocol and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastdfkd_cli.config import RunConfig
+from fastdfkd_cli.methods.base import SyntheticBatch
+from fastdfkd_cli.methods.fast_meta import FastMeta
+
+
+class Synthesizer(Protocol):
+    """Produces batches of images for a teacher, and can be stored and taken up again."""
+
+    def synthesize(self, student: nn.Module | None = None) -> SyntheticBatch:
+        """Make one batch; with a student (images in [0, 1] -> logits), the adversarial term takes part."""
+        ...
+
+    def renew(self) -> None:
+        """The schedule's one-time renewal of diversity (``synthesis.generator_reset_after``)."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors that the next batch depends on, random states included."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        ...
+
+    def close(self) -> None:
+        """Take everything off the teacher again."""
+        ...
+
+
+METHODS: dict[str, Callable[..., Synthesizer]] = {"fast": FastMeta}
+
+
+def build_method(
+    config: RunConfig,
+    teacher: nn.Module,
+    *,
+    image_size: tuple[int, int, int],
+    num_classes: int,
+    device: torch.device,
+    amp: bool,
+    seed: int | None = None,
+) -> Synthesizer:
+    """Build the method that ``config.method`` names.
+
+    Args:
+        config: the run's settings.
+        teacher: takes ``[B, C, H, W]`` in [0, 1] and returns logits; frozen, in evaluation mode, on ``device``.
+        image_size: C, H, W.
+        num_classes: classes to draw labels from.
+        device: where to work.
+        amp: bf16 autocast in the networks (losses and statistics stay in float32).
+        seed: instead of ``config.seed``.
+    """
+    keywords: dict[str, Any] = {"image_size": image_size, "num_classes": num_classes, "device": device, "amp": amp}
+    return METHODS[config.method](config, teacher, seed=config.seed if seed is None else seed, **keywords)
+
+
+__all__ = ["METHODS", "SyntheticBatch", "Synthesizer", "build_method"]

@@ -1,0 +1,212 @@
+"""Named settings: which paper, which table row, what it costs.
+
+A recipe is a function from the size of the teacher's input to a :class:`~fastdfkd_cli.config.RunConfig`. The paper's
+rows (``cifar10-wrn402-wrn162-k5``, ``imagenet-resnet50-mobilenetv2-k50``, ...) follow the published command lines
+where those differ from the text; docs/recipes.md lists each difference and how to have it the other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from fastdfkd_cli.config import (
+    DistillationConfig,
+    GeneratorConfig,
+    RunConfig,
+    ScheduleConfig,
+    SynthesisConfig,
+)
+from fastdfkd_cli.errors import UsageError, did_you_mean
+
+ImageSize = tuple[int, int, int]
+#: The longest side, in pixels, up to which `auto` takes the paper's CIFAR settings.
+SMALL_IMAGE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A named preset."""
+
+    name: str
+    #: Where it comes from: a paper's table and row, or "our own".
+    source: str
+    #: What it is for and what it cost where it was measured.
+    description: str
+    build: Callable[[ImageSize], RunConfig]
+
+    def config(self, image_size: ImageSize) -> RunConfig:
+        """The settings for a teacher that is fed images of ``image_size`` (C, H, W)."""
+        return replace(self.build(image_size), recipe=self.name)
+
+
+def _is_small(image_size: ImageSize) -> bool:
+    return max(image_size[1:]) <= SMALL_IMAGE
+
+
+# -- the paper's rows -------------------------------------------------------------------------------------------
+
+#: k: learning rates of the inner loop for the generator and for z.
+_CIFAR_INNER = {2: (5e-3, 0.015), 5: (3e-3, 0.01), 10: (2e-3, 0.01)}
+#: Weights of the class and adversarial terms by teacher; the feature term has 10 throughout.
+_CIFAR_WEIGHTS = {"resnet34": (0.5, 1.33), "vgg11": (0.5, 1.0), "wrn402": (0.4, 1.1)}
+#: Teacher, student, and the two columns of Table 1 (percent at k = 2, 5, 10).
+_CIFAR_PAIRS = {
+    ("resnet34", "resnet18"): {"cifar10": (92.62, 93.63, 94.05), "cifar100": (69.76, 72.82, 74.34)},
+    ("vgg11", "resnet18"): {"cifar10": (84.67, 89.94, 90.53), "cifar100": (62.83, 65.28, 67.44)},
+    ("wrn402", "wrn161"): {"cifar10": (88.36, 88.90, 89.29), "cifar100": (41.77, 52.90, 54.02)},
+    ("wrn402", "wrn401"): {"cifar10": (89.56, 92.04, 92.51), "cifar100": (53.15, 61.80, 63.91)},
+    ("wrn402", "wrn162"): {"cifar10": (89.68, 91.96, 92.45), "cifar100": (57.08, 63.83, 65.12)},
+}
+#: Student, learning rate, weight of the adversarial term, Table 2's percent.
+_IMAGENET_STUDENTS = {
+    "resnet50": (0.1, 0.1, 68.61),
+    "resnet18": (0.01, 0.01, 53.45),
+    "mobilenetv2": (0.1, 0.1, 43.02),
+}
+
+
+def _upsamplings_for(image_size: ImageSize) -> int:
+    """Two doublings, as at 32x32, as long as the first map keeps 2 pixels or more."""
+    return 2 if min(image_size[1:]) >= 8 else 1
+
+
+def cifar(image_size: ImageSize, *, steps: int = 5, class_weight: float = 0.4, adversarial: float = 1.1) -> RunConfig:
+    """FastDFKD at 32x32 (Table 1): 220 rounds, 56,320 images, 80,000 KD steps of 256."""
+    lr_generator, lr_latent = _CIFAR_INNER[steps]
+    return RunConfig(
+        synthesis=SynthesisConfig(
+            steps=steps,
+            lr_generator=lr_generator,
+            lr_latent=lr_latent,
+            class_weight=class_weight,
+            adversarial_weight=adversarial,
+            generator_reset_after=120,
+        ),
+        generator=GeneratorConfig(upsamplings=_upsamplings_for(image_size)),
+    )
+
+
+def imagenet(image_size: ImageSize, *, lr: float = 0.1, adversarial: float = 0.1) -> RunConfig:
+    """FastDFKD at 224x224 (Table 2): 50 steps, 140,000 images, 400 rounds of 1,000 KD steps of 100."""
+    return RunConfig(
+        synthesis=SynthesisConfig(
+            meta_gradient="reptile",
+            batch_size=100,
+            steps=50,
+            lr_generator=2e-4,
+            lr_latent=0.01,
+            meta_lr_generator=1e-4,
+            meta_lr_latent=5e-3,
+            latent="meta",
+            latent_reset_every=50,
+            feature_weight=0.1,
+            class_weight=0.1,
+            adversarial_weight=adversarial,
+            augmentation="resized-crop-flip",
+        ),
+        generator=GeneratorConfig(kind="map", upsamplings=4 if min(image_size[1:]) >= 32 else 2),
+        distillation=DistillationConfig(
+            batch_size=100, temperature=5.0, lr=lr, lr_min=0.0, augmentation="resized-crop-flip"
+        ),
+        # The text's 140,000 images: synthesis ends after 140 of the 400 rounds.
+        schedule=ScheduleConfig(
+            rounds=400, warmup_rounds=0, final_rounds=260, batches_per_round=10, kd_steps_per_round=1000
+        ),
+    )
+
+
+def _cifar_row(dataset: str, teacher: str, student: str, steps: int) -> Recipe:
+    class_weight, adversarial = _CIFAR_WEIGHTS[teacher]
+    accuracy = _CIFAR_PAIRS[teacher, student][dataset][(2, 5, 10).index(steps)]
+    return Recipe(
+        name=f"{dataset}-{teacher}-{student}-k{steps}",
+        source=f"Fang et al. 2022, Table 1, {dataset.upper()}, Fast{steps}",
+        description=f"{teacher} to {student}, k = {steps}: {accuracy} % in the paper; 56,320 images, 80,000 KD steps.",
+        build=lambda size: cifar(size, steps=steps, class_weight=class_weight, adversarial=adversarial),
+    )
+
+
+def _imagenet_row(student: str) -> Recipe:
+    lr, adversarial, accuracy = _IMAGENET_STUDENTS[student]
+    return Recipe(
+        name=f"imagenet-resnet50-{student}-k50",
+        source="Fang et al. 2022, Table 2, Fast50",
+        description=f"resnet50 to {student}, k = 50: {accuracy} % in the paper; 140,000 images, 400,000 KD steps.",
+        build=lambda size: imagenet(size, lr=lr, adversarial=adversarial),
+    )
+
+
+# -- our own, for a CPU -----------------------------------------------------------------------------------------
+
+
+def auto(image_size: ImageSize) -> RunConfig:
+    """The paper's settings for the teacher's input: its CIFAR rows up to 64 pixels, its ImageNet row above."""
+    return cifar(image_size) if _is_small(image_size) else imagenet(image_size)
+
+
+def _frugal_generator(image_size: ImageSize) -> GeneratorConfig:
+    """Half the paper's width: a quarter of the work, and no worse at these budgets."""
+    if _is_small(image_size):
+        return GeneratorConfig(width=64, upsamplings=_upsamplings_for(image_size))
+    return GeneratorConfig(width=64, upsamplings=4)
+
+
+def smoke(image_size: ImageSize) -> RunConfig:
+    """Every part of a run once, quickly: proves that teacher and student fit, says nothing about accuracy."""
+    small = _is_small(image_size)
+    base = cifar(image_size)
+    batch = 64 if small else 4
+    return replace(
+        base,
+        quality_images=2 * batch,
+        synthesis=replace(base.synthesis, batch_size=batch, steps=5 if small else 2, generator_reset_after=0),
+        generator=_frugal_generator(image_size),
+        distillation=DistillationConfig(
+            batch_size=batch, lr=0.05, augmentation="crop-flip" if small else "resized-crop-flip"
+        ),
+        schedule=ScheduleConfig(
+            rounds=12 if small else 3, warmup_rounds=2 if small else 1, kd_steps_per_round=10 if small else 3
+        ),
+    )
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="auto",
+            source="Fang et al. 2022",
+            description="The paper's CIFAR settings (k = 5, WRN weights) up to 64 pixels, its ImageNet row above.",
+            build=auto,
+        ),
+        Recipe(
+            name="smoke",
+            source="our own",
+            description="Half a minute on two cores at 32x32: shows that everything fits, not that it learns.",
+            build=smoke,
+        ),
+        *(
+            _cifar_row(dataset, teacher, student, steps)
+            for dataset in ("cifar10", "cifar100")
+            for teacher, student in _CIFAR_PAIRS
+            for steps in (2, 5, 10)
+        ),
+        *(_imagenet_row(student) for student in _IMAGENET_STUDENTS),
+    )
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    """Look a recipe up.
+
+    Raises:
+        UsageError: no recipe has that name; the nearest ones are offered.
+    """
+    if name not in RECIPES:
+        hint = did_you_mean(name, RECIPES)
+        raise UsageError(f"Unknown recipe {name!r}.{hint} `fastdfkd recipes` lists them all.")
+    return RECIPES[name]
+
+
+__all__ = ["RECIPES", "SMALL_IMAGE", "Recipe", "get_recipe"]
