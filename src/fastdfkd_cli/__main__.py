@@ -1,0 +1,128 @@
+"""``python -m fastdfkd_cli``, the ``fastdfkd`` command, and where errors and signals become one line and an exit code.
+
+Exit codes: 0 done; those of :mod:`fastdfkd_cli.errors`; 1 also for a full disk, a refused file and a closed pipe.
+Whatever else is raised is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+from fastdfkd_cli.cli import app
+from fastdfkd_cli.console import print_error
+from fastdfkd_cli.errors import FastDFKDError, InterruptedRunError
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_DISK_ERRORS = {
+    errno.ENOSPC: "No space is left",
+    errno.EDQUOT: "The disk quota is used up",
+    errno.EROFS: "The file system is read-only",
+    errno.EACCES: "Permission was refused",
+}
+# Typer brings its own copy of Click in newer versions and imports Click in older ones; either way its errors share
+# the base class under this name, which Typer itself does not export.
+_ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop; no ``except Exception`` on the way out holds it up."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let the first Ctrl-C or SIGTERM unwind the run, so that it cleans up; a second one ends it at once.
+
+    Left alone, SIGTERM would kill the process with its staged output half-written.
+    """
+
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        raise _Stopped(signum)
+
+    # A signal that the parent told us to ignore (nohup, a job in the background) stays ignored.
+    previous = {each: signal.getsignal(each) for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN}
+    for each in previous:
+        signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    # Not app(): Typer's own boundary prints boxes of several lines, and turns SIGTERM's exception into code 130.
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("fastdfkd", list(arguments) or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except _ClickException as error:
+        context_of_error = getattr(error, "ctx", None)
+        where = "fastdfkd" if context_of_error is None else context_of_error.command_path
+        message = error.format_message()  # type: ignore[attr-defined]
+        end = "" if message.endswith((".", "?")) else "."
+        print_error(f"{message}{end} `{where} --help` lists the options.")
+        return 2
+    sys.stdout.flush()
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: the words after the command's name; default: ``sys.argv[1:]``.
+    """
+    try:
+        with _signals_raise():
+            return _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt as error:
+        signum = error.signum if isinstance(error, _Stopped) else signal.SIGINT
+        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        print_error(f"stopped by {name}; unfinished output was removed.", kind="interrupted")
+        return 128 + signum
+    except InterruptedRunError as error:
+        print_error(str(error), kind="interrupted")
+        return error.exit_code
+    except FastDFKDError as error:
+        print_error(str(error))
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`). Python flushes stdout once more at exit: give it a place to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        print_error(f"{_DISK_ERRORS[error.errno]}{where}; make room or choose another folder with --output.")
+        return 1
+    except RuntimeError as error:
+        # By its name: torch may not have been imported, and must not be for this.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print_error(
+            "The device is out of memory; lower the batch sizes (--set synthesis.batch_size=... --set "
+            "distillation.batch_size=..., or -b) or choose another --device."
+        )
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
