@@ -276,7 +276,7 @@ def user_factory(reference: str) -> Callable[..., Any]:
         found = getattr(found, part)
     if not callable(found):
         raise UsageError(f"{reference} is a {type(found).__name__}, not a function that returns a network.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def build_user(reference: str, *, num_classes: int | None, in_chans: int | None) -> nn.Module:

@@ -9,6 +9,7 @@ normalisation) is handed on as :class:`ModelFacts`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -94,10 +95,9 @@ def parse_facts(raw: Mapping[str, Any], origin: str) -> ModelFacts:
     for key, value in raw.items():
         name = _FACT_KEYS.get(key, key)
         if isinstance(value, str):
-            try:
+            # What is not JSON is a bare word, such as an architecture's name.
+            with contextlib.suppress(json.JSONDecodeError, RecursionError):
                 value = json.loads(value)
-            except json.JSONDecodeError:
-                pass  # a bare word such as an architecture's name
         if value is not None:
             values.setdefault(name, value)
 
