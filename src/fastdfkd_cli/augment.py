@@ -64,11 +64,11 @@ def crop_flip(images: Tensor, rng: torch.Generator, *, padding: int, flip: bool 
     dy = torch.randint(-padding, padding + 1, (size,), generator=rng, device=device).to(images.device)
     dx = torch.randint(-padding, padding + 1, (size,), generator=rng, device=device).to(images.device)
     flips = torch.rand(size, generator=rng, device=device) < (0.5 if flip else 0.0)
-    return _Move.apply(images, dy, dx, flips.to(images.device))  # type: ignore[no-any-return, no-untyped-call]
+    return _Move.apply(images, dy, dx, flips.to(images.device))
 
 
 def resized_crop_flip(images: Tensor, rng: torch.Generator, *, scale: tuple[float, float] = (0.75, 1.0)) -> Tensor:
-    """Crop a random share ``scale`` of the area (ratio 3/4 to 4/3), resize it back bilinearly, flip with probability 1/2.
+    """Crop a random share ``scale`` of the area (ratio 3/4 to 4/3), resize it back, flip with probability 1/2.
 
     Args:
         images: ``[B, C, H, W]``, uint8 or float; differentiable for floats. The result is float for float input and

@@ -177,9 +177,7 @@ class DistillationConfig:
         for name in ("momentum", "lr_warmup", "average_decay"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"distillation.{name}", value, "in [0, 1)")
-        _require(
-            not self.nesterov or self.momentum > 0, "distillation.nesterov", self.nesterov, "off without momentum"
-        )
+        _require(not self.nesterov or self.momentum > 0, "distillation.nesterov", self.nesterov, "off without momentum")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from timm.utils import ModelEmaV3
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from fastdfkd_cli import losses
@@ -123,7 +123,7 @@ class Student:
             student_logits = self.net(images)
         loss = losses.distillation(teacher_logits, student_logits, self.config.temperature)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.net, step=step)
@@ -311,9 +311,7 @@ class Distillation:
         self._last_record = now
         return True
 
-    def _record(
-        self, phase: Phase, step: int, total: int | None, *, rate: float, values: dict[str, float]
-    ) -> Record:
+    def _record(self, phase: Phase, step: int, total: int | None, *, rate: float, values: dict[str, float]) -> Record:
         progress = self._progress()
         elapsed = self.clock.elapsed
         remaining = elapsed * (1 - progress) / progress if progress > 0.01 else None

@@ -137,9 +137,7 @@ class _BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -236,9 +234,7 @@ def _register(name: str, factory: Callable[..., nn.Module]) -> None:
     registry_name = f"{REGISTRY_PREFIX}{name}"
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_model_with_cfg(
-            lambda **model_kwargs: factory(**model_kwargs), registry_name, pretrained, **kwargs
-        )
+        return build_model_with_cfg(lambda **model_kwargs: factory(**model_kwargs), registry_name, pretrained, **kwargs)
 
     entrypoint.__name__ = registry_name
     entrypoint.__doc__ = f"``cifar/{name}``: see :mod:`fastdfkd_cli.nets_cifar`."

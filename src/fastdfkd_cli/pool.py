@@ -44,6 +44,11 @@ class ImagePool:
         return self._filled
 
     @property
+    def newest(self) -> int:
+        """Position just behind the newest image, in :attr:`images`."""
+        return self._next or self._filled
+
+    @property
     def images(self) -> Tensor:
         """The images that are held, uint8 ``[N, C, H, W]``: a view, in no order of age once the ring is full."""
         return self._images[: self._filled]
@@ -80,7 +85,7 @@ class ImagePool:
         self._filled = needed
 
     def sample(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw ``count`` images and labels uniformly, with replacement: uint8 ``[count, C, H, W]``, int64 ``[count]``."""
+        """Draw ``count`` uniformly, with replacement: uint8 ``[count, C, H, W]`` and int64 ``[count]``."""
         if not self._filled:
             raise ValueError("the pool is empty")
         index = torch.randint(self._filled, (count,), generator=rng, device=rng.device).to(self.device)

@@ -85,6 +85,20 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free now: on the CUDA device, or in the machine as far as it tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def describe_device(device: torch.device) -> str:
     """A device in words: ``cpu (2 threads)``, ``cuda:0 (NVIDIA ...)``."""
     if device.type == "cuda":
@@ -105,6 +119,7 @@ def versions() -> dict[str, str]:
 
 
 __all__ = [
+    "available_memory",
     "default_amp",
     "describe_device",
     "deterministic_algorithms",

@@ -119,7 +119,7 @@ class FastMeta:
             for _ in range(config.steps):  # Lines 7 to 9, Eq. 6.
                 images, terms, total = self._inversion_loss(z, labels, student)
                 inner.zero_grad(set_to_none=True)
-                total.backward()  # type: ignore[no-untyped-call]
+                total.backward()
                 for accumulated, parameter in zip(gradient_sums, adapted, strict=False):
                     if parameter.grad is not None:
                         accumulated.add_(parameter.grad)
@@ -213,10 +213,11 @@ class FastMeta:
             return
         if self.config.reuse == "none":
             self.shared = self._new_generator()
-        elif self.shared_latent is not None and self.config.latent_reset_every:
-            if self.batches % self.config.latent_reset_every == 0:
-                self.shared_latent = self._new_latent()
-                self.meta_optimizer = self._new_meta_optimizer()
+            return
+        period = self.config.latent_reset_every
+        if self.shared_latent is not None and period and self.batches % period == 0:
+            self.shared_latent = self._new_latent()
+            self.meta_optimizer = self._new_meta_optimizer()
 
     def renew(self) -> None:
         """Draw the shared generator's first layer anew (pixels have none)."""

@@ -1,0 +1,714 @@
+"""The Python API: what the commands call, for scripts and notebooks.
+
+Each function takes model references or ``nn.Module`` objects, does one job and returns its result. Nothing is printed:
+progress goes to ``on_record`` and remarks to ``on_message``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+
+from fastdfkd_cli import __version__, evaluation
+from fastdfkd_cli.bn_stats import batch_norm_layers
+from fastdfkd_cli.config import RunConfig, from_dict, to_dict
+from fastdfkd_cli.data import EvaluationData, open_evaluation_data
+from fastdfkd_cli.dataset import DatasetWriter, SyntheticSet, read_dataset
+from fastdfkd_cli.distillation import Distillation
+from fastdfkd_cli.errors import UsageError
+from fastdfkd_cli.export import export_student, verify_export, write_samples
+from fastdfkd_cli.methods import build_method
+from fastdfkd_cli.models import LoadedModel, ModelOptions, check_forward, load_student, load_teacher
+from fastdfkd_cli.output import StagedDirectory, write_json
+from fastdfkd_cli.plan import distillation_plan, model_size, synthesis_plan
+from fastdfkd_cli.pool import ImagePool
+from fastdfkd_cli.quality import Quality, QualitySignal
+from fastdfkd_cli.recipes import get_recipe
+from fastdfkd_cli.records import Record
+from fastdfkd_cli.runtime import (
+    available_memory,
+    default_amp,
+    describe_device,
+    deterministic_algorithms,
+    peak_memory,
+    resolve_device,
+    versions,
+)
+from fastdfkd_cli.synthesis import Synthesis, burn_in_batches, header
+
+Model = str | nn.Module
+OnRecord = Callable[[Record], None]
+OnMessage = Callable[[str], None]
+
+#: Images in samples.png, and on which the export is compared with the student that was trained.
+SAMPLES = 80
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What :func:`distill` gives back."""
+
+    #: The trained student, in evaluation mode, taking normalised images.
+    student: nn.Module
+    #: The folder it was exported to; None without ``output``.
+    path: Path | None
+    #: What ``report.json`` holds.
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SynthesizeResult:
+    """What :func:`synthesize` gives back."""
+
+    path: Path
+    #: What ``manifest.json`` holds.
+    manifest: dict[str, Any]
+
+
+@dataclass
+class _Machine:
+    device: torch.device
+    amp: bool
+
+    @classmethod
+    def choose(cls, device: str, amp: bool | None, say: OnMessage) -> _Machine:
+        chosen = resolve_device(device)
+        machine = cls(chosen, default_amp(chosen) if amp is None else amp)
+        if machine.amp and chosen.type == "mps":
+            raise UsageError("--amp is not offered on mps: bf16 autocast is incomplete there. Use --no-amp.")
+        say(f"device {describe_device(chosen)}, {'bf16' if machine.amp else 'float32'}")
+        return machine
+
+    def place(self, model: LoadedModel) -> nn.Module:
+        """The model as the engines want it: images in [0, 1] -> logits, channels-last, on the device."""
+        return model.normalized().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+@dataclass
+class _Job:
+    """The two models, the settings and the machine of one run, checked."""
+
+    machine: _Machine
+    config: RunConfig
+    teacher: LoadedModel
+    student: LoadedModel | None
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.teacher.input.size
+
+    def keywords(self) -> dict[str, Any]:
+        return {
+            "image_size": self.size,
+            "num_classes": self.teacher.num_classes,
+            "device": self.machine.device,
+            "amp": self.machine.amp,
+        }
+
+
+def _prepare(
+    teacher: Model,
+    student: Model | None,
+    teacher_options: ModelOptions,
+    student_options: ModelOptions,
+    recipe: str,
+    config: RunConfig | None,
+    overrides: Mapping[str, Any] | None,
+    device: str,
+    amp: bool | None,
+    say: OnMessage,
+    *,
+    trains: bool,
+) -> _Job:
+    """Load and check everything that can be wrong before any work is done."""
+    if config is None and recipe != "auto":
+        get_recipe(recipe)  # a typing error should not wait for a download
+    machine = _Machine.choose(device, amp, say)
+    loaded = load_teacher(teacher, teacher_options)
+    if loaded.source == "module":
+        # Freezing, moving and changing the memory format would show on the caller's own object.
+        loaded = replace(loaded, module=copy.deepcopy(loaded.module))
+    say(f"teacher {loaded.name}{f' at {loaded.revision}' if loaded.revision else ''}")
+    check_forward(loaded)
+    loaded.module.eval().requires_grad_(False)
+    settings = config if config is not None else get_recipe(recipe).config(loaded.input.size)
+    settings = _override(settings, overrides or {})
+    say(f"recipe {settings.recipe}, seed {settings.seed}")
+    _check_teacher(settings, loaded)
+    pupil = None
+    if student is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)  # a student from scratch starts the same for the same seed
+            if trains:
+                pupil = load_student(student, student_options, like=loaded)
+            else:
+                pupil = _opponent(student, student_options, loaded)
+        say(f"student {pupil.name}")
+        check_forward(pupil)
+    return _Job(machine, settings, loaded, pupil)
+
+
+def _opponent(student: Model, options: ModelOptions, teacher: LoadedModel) -> LoadedModel:
+    """A student that `synthesize` plays against: its own weights if it has any, and the teacher's classes and input."""
+    loaded = load_student(student, options, like=teacher)
+    loaded.module.requires_grad_(False)
+    return loaded
+
+
+def _override(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+    """Put settings on a recipe. ``images`` stands for the rounds that make so many; a new number of rounds keeps
+    the shares of the warm-up, of the final rounds and of the generator's renewal."""
+    plain = dict(overrides)
+    images = plain.pop("images", None)
+    if images is not None and "schedule.rounds" in plain:
+        raise UsageError("images and schedule.rounds set the same budget: give one of them.")
+    rounds = plain.pop("schedule.rounds", None)
+    before = config.schedule.rounds
+    stated = {key for key in plain if key.startswith("schedule.") or key == "synthesis.generator_reset_after"}
+    config = from_dict(plain, base=config)
+    if images is not None:
+        if isinstance(images, bool) or not isinstance(images, int | float) or images < 1:
+            raise UsageError(f"images must be 1 or more, not {images!r}.")
+        per_round = config.synthesis.batch_size * config.schedule.batches_per_round
+        final_share = config.schedule.final_rounds / before
+        rounds = max(round(images / per_round / (1 - final_share)), 1)
+    if rounds is None:
+        return config
+    # Checked as any other value, before it is used as a number.
+    probe = {"schedule.rounds": rounds, "schedule.warmup_rounds": 0, "schedule.final_rounds": 0}
+    rounds = from_dict(probe, base=config).schedule.rounds
+    scaled: dict[str, Any] = {"schedule.rounds": rounds}
+    for key, value in (
+        ("schedule.warmup_rounds", config.schedule.warmup_rounds),
+        ("schedule.final_rounds", config.schedule.final_rounds),
+        ("synthesis.generator_reset_after", config.synthesis.generator_reset_after),
+    ):
+        if key not in stated:
+            scaled[key] = value * rounds // before
+    return from_dict(scaled, base=config)
+
+
+def _check_teacher(config: RunConfig, teacher: LoadedModel) -> None:
+    if config.synthesis.feature_weight > 0 and not batch_norm_layers(teacher.module):
+        raise UsageError(
+            f"{teacher.name} has no BatchNorm layers, whose statistics the feature term needs. Choose another teacher, "
+            "or switch the term off: --set synthesis.feature_weight=0 (images will be poorer)."
+        )
+
+
+def distill(
+    teacher: Model,
+    student: Model,
+    *,
+    teacher_options: ModelOptions | None = None,
+    student_options: ModelOptions | None = None,
+    recipe: str = "auto",
+    config: RunConfig | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    data_dir: str | Path | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+    amp: bool | None = None,
+    eval_data: str | None = None,
+    eval_dataset: str | None = None,
+    eval_split: str = "validation",
+    on_record: OnRecord | None = None,
+    on_message: OnMessage | None = None,
+) -> DistillResult:
+    """Train ``student`` from ``teacher`` alone (FastDFKD, Algorithm 1), and export it.
+
+    Args:
+        teacher: a model reference, or a module whose input size and class count ``teacher_options`` state.
+            A module is copied and left as it is.
+        student: the same; a module is trained in place.
+        recipe: a recipe's name (see :mod:`fastdfkd_cli.recipes`).
+        config: settings instead of a recipe.
+        overrides: settings to put on either, by dotted key (``{"synthesis.steps": 2}``); ``images`` is a budget.
+        data_dir: distil on these synthetic images instead of making new ones.
+        output: the folder to export to; None for no export.
+        overwrite: replace a folder that an earlier run left there.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+        amp: bf16 in the networks; None: where the device is made for it.
+        eval_data, eval_dataset, eval_split: real images to judge the finished student on, once.
+        on_record: called with every :class:`~fastdfkd_cli.records.Record`.
+        on_message: called with one-line remarks.
+
+    Raises:
+        UsageError: the request does not make sense.
+        UnavailableError: a model or data set is not to be had.
+        FastDFKDError: the run failed.
+    """
+    started = time.perf_counter()
+    say = on_message or _silent
+    with ExitStack() as stack:
+        if output is not None:
+            StagedDirectory(output, overwrite).check()
+        job = _prepare(
+            teacher,
+            student,
+            teacher_options or ModelOptions(),
+            student_options or ModelOptions(),
+            recipe,
+            config,
+            overrides,
+            device,
+            amp,
+            say,
+            trains=True,
+        )
+        assert job.student is not None
+        judge = _open_judge(eval_data, eval_dataset, eval_split, job)
+        given = _read_given(data_dir, job)
+        stack.enter_context(deterministic_algorithms(job.config.deterministic))
+        folder = stack.enter_context(StagedDirectory(output, overwrite)) if output is not None else None
+        log = stack.enter_context(_RecordLog(folder / "metrics.jsonl" if folder else None, on_record))
+        run, quality = _distil(job, given, say, log)
+        scores = _judge(job, judge, say, log)
+        report = _report(job, run, given, quality, scores, started)
+        if folder is not None:
+            _export(folder, job, run, report, say)
+    return DistillResult(job.student.module, Path(output) if output is not None else None, report)
+
+
+class _RecordLog:
+    """Hands records on, and writes them to ``metrics.jsonl`` as they come."""
+
+    def __init__(self, path: Path | None, on_record: OnRecord | None) -> None:
+        self.path = path
+        self.on_record = on_record
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> _RecordLog:
+        if self.path is not None:
+            self._file = self.path.open("w", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __call__(self, record: Record) -> None:
+        if self._file is not None:
+            line = {**vars(record), "values": dict(record.values)}
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        if self.on_record is not None:
+            self.on_record(record)
+
+    def drain(self, records: Iterable[Record]) -> None:
+        for record in records:
+            self(record)
+
+
+def _distil(
+    job: _Job, given: SyntheticSet | None, say: OnMessage, log: _RecordLog
+) -> tuple[Distillation, Quality | None]:
+    """Synthesis and distillation, then the quality signal."""
+    assert job.student is not None
+    device = job.machine.device
+    teacher, student = job.machine.place(job.teacher), job.machine.place(job.student)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    synthesizer, pool = None, None
+    if given is None:
+        job.config = _bounded_pool(job, say)
+        synthesizer = build_method(job.config, teacher, **job.keywords())
+    else:
+        pool = ImagePool(job.size, len(given.images), device)
+        pool.add(given.images, given.labels)
+    run = Distillation(
+        job.config,
+        teacher,
+        student,
+        synthesizer=synthesizer,
+        image_size=job.size,
+        device=device,
+        amp=job.machine.amp,
+        pool=pool,
+    )
+    try:
+        log.drain(run)
+    finally:
+        if synthesizer is not None:
+            synthesizer.close()
+    if not job.config.quality_images:
+        return run, None
+    signal = QualitySignal(job.config, teacher, student, **job.keywords())
+    log.drain(signal)
+    return run, signal.result
+
+
+def _bounded_pool(job: _Job, say: OnMessage) -> RunConfig:
+    """Keep the pool to half of the free memory; the oldest images make room, and the user is told."""
+    config = job.config
+    wanted = config.pool_size or config.synthetic_images
+    channels, height, width = job.size
+    fits = available_memory(job.machine.device) // 2 // (channels * height * width)
+    fits = max(fits, config.synthesis.batch_size)
+    if wanted <= fits or config.schedule.time_budget is not None:
+        return config
+    say(f"the pool is kept to {fits} of {wanted} images, half of the free memory: the oldest make room for new ones")
+    return replace(config, pool_size=fits)
+
+
+def _read_given(data_dir: str | Path | None, job: _Job) -> SyntheticSet | None:
+    if data_dir is None:
+        return None
+    given = read_dataset(data_dir, input_size=job.size, interpolation=job.teacher.input.interpolation)
+    classes = len(given.class_folders)
+    if given.manifest is not None and classes != job.teacher.num_classes:
+        raise UsageError(
+            f"--data-dir {data_dir} has {classes} classes and the teacher {job.teacher.name} "
+            f"{job.teacher.num_classes}: they do not belong together."
+        )
+    return given
+
+
+def _open_judge(eval_data: str | None, eval_dataset: str | None, eval_split: str, job: _Job) -> EvaluationData | None:
+    """Open the real images before the run, so that a typing error does not show after it."""
+    if eval_data is None and eval_dataset is None:
+        return None
+    assert job.student is not None
+    data = open_evaluation_data(data_dir=eval_data, dataset=eval_dataset, split=eval_split)
+    return data.aligned(job.student.num_classes, job.student.class_names)
+
+
+def _judge(job: _Job, data: EvaluationData | None, say: OnMessage, log: _RecordLog) -> dict[str, Any] | None:
+    if data is None:
+        return None
+    assert job.student is not None
+    result = evaluation.drain(
+        evaluation.evaluate_model(job.student, data, teacher=job.teacher, device=job.machine.device), log
+    )
+    for note in result.notes:
+        say(note)
+    return result.row
+
+
+def _report(
+    job: _Job,
+    run: Distillation,
+    given: SyntheticSet | None,
+    quality: Quality | None,
+    scores: dict[str, Any] | None,
+    started: float,
+) -> dict[str, Any]:
+    """Everything that a table or a plot needs, in plain values."""
+    assert job.student is not None
+    total = time.perf_counter() - started
+    synthesis, distillation = run.costs.synthesis, run.costs.distillation
+    return {
+        "fastdfkd": __version__,
+        "config": to_dict(job.config),
+        "teacher": {**job.teacher.describe(), **vars(model_size(job.machine.place(job.teacher), job.size))},
+        "student": {**job.student.describe(), **vars(model_size(job.machine.place(job.student), job.size))},
+        "device": describe_device(job.machine.device),
+        "amp": job.machine.amp,
+        "seconds": {
+            "synthesis": round(synthesis, 2),
+            "distillation": round(distillation, 2),
+            "other": round(total - synthesis - distillation, 2),
+            "total": round(total, 2),
+        },
+        "images": run.images_made if given is None else len(given.images),
+        "synthesised": given is None,
+        "pool": len(run.pool),
+        "kd_steps": run.steps_taken,
+        "peak_memory_bytes": peak_memory(job.machine.device),
+        "quality": quality.to_dict() if quality is not None else None,
+        "evaluation": scores,
+        "versions": versions(),
+    }
+
+
+def _export(folder: Path, job: _Job, run: Distillation, report: dict[str, Any], say: OnMessage) -> None:
+    """Write the student's folder, then open it as a stranger would and compare."""
+    assert job.student is not None
+    job.student.module.to("cpu")
+    count = min(SAMPLES, len(run.pool))
+    # The latest images: what the teacher "remembers" once the generator has learned to ask.
+    newest = (torch.arange(run.pool.newest - count, run.pool.newest) % len(run.pool)).to(run.pool.images.device)
+    images, labels = run.pool.images[newest].cpu(), run.pool.labels[newest].cpu()
+    export_student(job.student, folder, teacher=job.teacher, report=report)
+    difference = verify_export(folder, job.student, images)
+    report["export"] = {"largest_logit_difference": difference}
+    write_samples(folder / "samples.png", images, labels, job.teacher.class_names)
+    write_json(folder / "report.json", report)
+    say("the export was loaded back and gives the same logits")
+
+
+def synthesize(
+    teacher: Model,
+    *,
+    num_images: int,
+    output: str | Path,
+    student: Model | None = None,
+    teacher_options: ModelOptions | None = None,
+    student_options: ModelOptions | None = None,
+    recipe: str = "auto",
+    config: RunConfig | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    shard_size: int = 1000,
+    device: str = "auto",
+    amp: bool | None = None,
+    on_record: OnRecord | None = None,
+    on_message: OnMessage | None = None,
+) -> SynthesizeResult:
+    """Make a labelled synthetic data set from ``teacher``: see :mod:`fastdfkd_cli.dataset` for the folder's layout.
+
+    Args:
+        num_images: how many.
+        output: the folder.
+        student: a model for the adversarial term to play against; without one, the term is off.
+        resume: go on with an unfinished set in ``output``, made with the same settings.
+        overwrite: replace a folder that an earlier run left there.
+        shard_size: images per tar file.
+        others: as in :func:`distill`.
+
+    Raises:
+        As :func:`distill`.
+    """
+    say = on_message or _silent
+    if num_images < 1:
+        raise UsageError(f"num_images must be 1 or more, not {num_images}.")
+    if resume and overwrite:
+        raise UsageError("resume and overwrite exclude each other.")
+    job = _prepare(
+        teacher,
+        student,
+        teacher_options or ModelOptions(),
+        student_options or ModelOptions(),
+        recipe,
+        config,
+        overrides,
+        device,
+        amp,
+        say,
+        trains=False,
+    )
+    net = job.machine.place(job.teacher)
+    opponent = job.machine.place(job.student) if job.student is not None else None
+    method = build_method(job.config, net, **job.keywords())
+    settings: dict[str, Any] = {
+        "class_names": job.teacher.class_names,
+        "num_classes": job.teacher.num_classes,
+        "input_size": job.size,
+        "shard_size": shard_size,
+        "header": header(
+            job.config,
+            job.teacher.describe(),
+            job.student.describe() if job.student is not None else None,
+            job.machine.amp,
+        ),
+    }
+    with ExitStack() as stack:
+        stack.callback(method.close)
+        stack.enter_context(deterministic_algorithms(job.config.deterministic))
+        if resume:
+            writer = stack.enter_context(DatasetWriter.resume(output, **settings))
+            if writer.num_images:
+                say(f"going on after {writer.num_images} images")
+        else:
+            writer = stack.enter_context(DatasetWriter(output, overwrite=overwrite, **settings))
+        run = Synthesis(
+            job.config, method, net, opponent, writer=writer, num_images=num_images, device=job.machine.device
+        )
+        for record in run:
+            if on_record is not None:
+                on_record(record)
+    return SynthesizeResult(Path(output), run.manifest)
+
+
+def evaluate(
+    model: Model,
+    *,
+    data_dir: str | Path | None = None,
+    dataset: str | None = None,
+    split: str = "validation",
+    options: ModelOptions | None = None,
+    teacher: Model | None = None,
+    teacher_options: ModelOptions | None = None,
+    batch_size: int = 128,
+    workers: int = 0,
+    img_size: int | None = None,
+    crop_pct: float | None = None,
+    device: str = "auto",
+    amp: bool = False,
+    amp_dtype: str = "bfloat16",
+    on_record: OnRecord | None = None,
+    on_message: OnMessage | None = None,
+) -> dict[str, Any]:
+    """Judge ``model`` on real images, with timm's validate.py's keys; ``teacher`` beside it adds their agreement.
+
+    See :func:`fastdfkd_cli.evaluation.evaluate_model` and :func:`fastdfkd_cli.data.open_evaluation_data`.
+    """
+    say = on_message or _silent
+    data = open_evaluation_data(data_dir=data_dir, dataset=dataset, split=split)
+    machine_device = resolve_device(device)
+    loaded = load_teacher(model, options or ModelOptions(), role="model")
+    check_forward(loaded)
+    beside = None
+    if teacher is not None:
+        beside = load_teacher(teacher, teacher_options or ModelOptions())
+        check_forward(beside)
+    result = evaluation.drain(
+        evaluation.evaluate_model(
+            loaded,
+            data,
+            teacher=beside,
+            batch_size=batch_size,
+            workers=workers,
+            img_size=img_size,
+            crop_pct=crop_pct,
+            device=machine_device,
+            amp=amp,
+            amp_dtype=amp_dtype,
+        ),
+        on_record,
+    )
+    for note in result.notes:
+        say(note)
+    return result.row
+
+
+def plan_distill(
+    teacher: Model,
+    student: Model,
+    *,
+    teacher_options: ModelOptions | None = None,
+    student_options: ModelOptions | None = None,
+    recipe: str = "auto",
+    config: RunConfig | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    data_dir: str | Path | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+    amp: bool | None = None,
+    eval_data: str | None = None,
+    eval_dataset: str | None = None,
+    eval_split: str = "validation",
+    on_record: OnRecord | None = None,
+    on_message: OnMessage | None = None,
+) -> dict[str, Any]:
+    """What :func:`distill` would do with the same arguments, and what it would cost; nothing is written."""
+    say = on_message or _silent
+    if output is not None:
+        StagedDirectory(output, overwrite).check()
+    job = _prepare(
+        teacher,
+        student,
+        teacher_options or ModelOptions(),
+        student_options or ModelOptions(),
+        recipe,
+        config,
+        overrides,
+        device,
+        amp,
+        say,
+        trains=True,
+    )
+    assert job.student is not None
+    _open_judge(eval_data, eval_dataset, eval_split, job)
+    given = _read_given(data_dir, job)
+    plan = distillation_plan(
+        job.config,
+        job.machine.place(job.teacher),
+        job.machine.place(job.student),
+        pool_images=len(given.images) if given is not None else None,
+        **job.keywords(),
+    )
+    return _with_names(plan, job, output)
+
+
+def plan_synthesize(
+    teacher: Model,
+    *,
+    num_images: int,
+    output: str | Path,
+    student: Model | None = None,
+    teacher_options: ModelOptions | None = None,
+    student_options: ModelOptions | None = None,
+    recipe: str = "auto",
+    config: RunConfig | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    shard_size: int = 1000,
+    device: str = "auto",
+    amp: bool | None = None,
+    on_record: OnRecord | None = None,
+    on_message: OnMessage | None = None,
+) -> dict[str, Any]:
+    """What :func:`synthesize` would do with the same arguments, and what it would cost; nothing is written."""
+    say = on_message or _silent
+    if not resume:
+        StagedDirectory(output, overwrite).check()
+    job = _prepare(
+        teacher,
+        student,
+        teacher_options or ModelOptions(),
+        student_options or ModelOptions(),
+        recipe,
+        config,
+        overrides,
+        device,
+        amp,
+        say,
+        trains=False,
+    )
+    plan = synthesis_plan(
+        job.config,
+        job.machine.place(job.teacher),
+        num_images=num_images,
+        burn_in=burn_in_batches(job.config),
+        **job.keywords(),
+    )
+    plan["shards"] = -(-num_images // shard_size)
+    return _with_names(plan, job, output)
+
+
+def _with_names(plan: dict[str, Any], job: _Job, output: str | Path | None) -> dict[str, Any]:
+    plan["teacher"] = {**job.teacher.describe(), **plan["teacher"]}
+    if job.student is not None:
+        plan["student"] = {**job.student.describe(), **plan.get("student", {})}
+    where = Path(output) if output is not None else Path.cwd()
+    while not where.exists():
+        where = where.parent
+    return {
+        "recipe": job.config.recipe,
+        "device": describe_device(job.machine.device),
+        "amp": job.machine.amp,
+        "output": str(output) if output is not None else None,
+        **plan,
+        "disk_free_bytes": shutil.disk_usage(where).free,
+        "config": to_dict(job.config),
+    }
+
+
+def _silent(_: str) -> None:
+    """Where nobody listens."""
+
+
+__all__ = [
+    "DistillResult",
+    "SynthesizeResult",
+    "distill",
+    "evaluate",
+    "plan_distill",
+    "plan_synthesize",
+    "synthesize",
+]

@@ -1,0 +1,221 @@
+"""What a run will cost, before it starts: parameters, FLOPs, steps, memory, disk and time.
+
+Time and memory come from a few timed steps on copies of the two models, scaled to the run; nothing is kept of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdfkd_cli.augment import augment
+from fastdfkd_cli.config import RunConfig
+from fastdfkd_cli.distillation import Student
+from fastdfkd_cli.errors import FastDFKDError
+from fastdfkd_cli.methods import build_method
+from fastdfkd_cli.pool import to_float
+from fastdfkd_cli.runtime import synchronize
+
+#: Timed steps use at most so many pixels a batch; the time of a larger batch is scaled up.
+TIMED_PIXELS = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """Size of one model."""
+
+    parameters: int
+    #: Floating-point operations of one forward pass of one image (a multiplication and an addition count as two);
+    #: None where the model cannot run without data.
+    flops: int | None
+
+
+def model_size(module: nn.Module, image_size: tuple[int, int, int]) -> ModelSize:
+    """Count parameters, and FLOPs on torch's meta device (no arithmetic is done)."""
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            copy.deepcopy(module).to("meta").eval()(torch.empty(1, *image_size, device="meta"))
+    except (NotImplementedError, RuntimeError):
+        # A user's module may look at values, which meta tensors have none of.
+        return ModelSize(parameters=parameters, flops=None)
+    return ModelSize(parameters=parameters, flops=counter.get_total_flops())
+
+
+def _resident_memory(device: torch.device) -> int:
+    """Bytes in use now: allocated by torch on a CUDA device, resident in the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux: the peak so far is the nearest thing that can be read
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def timed_steps(
+    config: RunConfig,
+    teacher: nn.Module,
+    student: nn.Module | None,
+    *,
+    image_size: tuple[int, int, int],
+    num_classes: int,
+    device: torch.device,
+    amp: bool,
+) -> dict[str, float]:
+    """Time one synthesised batch and one KD step of ``config``.
+
+    Args:
+        teacher, student: images in [0, 1] -> logits; the student is copied, the teacher's hooks are taken off again.
+
+    Returns:
+        ``synthesis_batch`` and ``kd_step`` in seconds (0 without a student), ``memory`` in bytes: the growth while
+        they ran, scaled to the run's batch.
+
+    Raises:
+        FastDFKDError: there is not enough memory for the smallest timed batch.
+    """
+    pixels = image_size[1] * image_size[2]
+    synthesis, distillation = config.synthesis, config.distillation
+    batch = max(2, min(synthesis.batch_size, TIMED_PIXELS // pixels))
+    kd_batch = max(2, min(distillation.batch_size, TIMED_PIXELS // pixels))
+    steps = min(synthesis.steps, 2)
+    probe = replace(config, pool_size=0, synthesis=replace(synthesis, batch_size=batch, steps=steps))
+    learner = copy.deepcopy(student) if student is not None else None
+    before = _resident_memory(device)
+    method = build_method(
+        probe, teacher, image_size=image_size, num_classes=num_classes, device=device, amp=amp, seed=config.seed
+    )
+    try:
+        images = method.synthesize(learner).images  # warms up
+        began = time.perf_counter()
+        method.synthesize(learner)
+        synchronize(device)
+        synthesis_seconds = (time.perf_counter() - began) * synthesis.steps / steps * synthesis.batch_size / batch
+    except torch.cuda.OutOfMemoryError:
+        raise FastDFKDError(
+            f"The device has too little memory for a batch of {batch} images; lower synthesis.batch_size."
+        ) from None
+    finally:
+        method.close()
+    kd_seconds = 0.0
+    if learner is not None:
+        trained = Student(learner, distillation, device, amp)
+        rng = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            began = time.perf_counter()
+            index = torch.randint(len(images), (kd_batch,), generator=rng)
+            batch_images = to_float(augment(images[index.to(device)], rng, distillation.augmentation))
+            trained.learn(teacher, batch_images, 0)
+            synchronize(device)
+            kd_seconds = (time.perf_counter() - began) * distillation.batch_size / kd_batch
+    grown = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_memory(device)
+    scale = max(synthesis.batch_size / batch, distillation.batch_size / kd_batch)
+    return {
+        "synthesis_batch": synthesis_seconds,
+        "kd_step": kd_seconds,
+        "memory": max(grown - before, 0) * scale,
+    }
+
+
+def distillation_plan(
+    config: RunConfig,
+    teacher: nn.Module,
+    student: nn.Module,
+    *,
+    image_size: tuple[int, int, int],
+    num_classes: int,
+    device: torch.device,
+    amp: bool,
+    pool_images: int | None = None,
+) -> dict[str, Any]:
+    """The plan of ``distill``: sizes, steps, bytes and seconds.
+
+    Args:
+        pool_images: images of a set made earlier; None where the run synthesises its own.
+    """
+    before = _resident_memory(device)
+    costs = timed_steps(
+        config, teacher, student, image_size=image_size, num_classes=num_classes, device=device, amp=amp
+    )
+    schedule = config.schedule
+    bytes_per_image = image_size[0] * image_size[1] * image_size[2]
+    synthesises = pool_images is None
+    batches = schedule.synthesis_rounds * schedule.batches_per_round if synthesises else 0
+    kd_steps = config.kd_steps if synthesises else schedule.rounds * schedule.kd_steps_per_round
+    synthesis_seconds = batches * costs["synthesis_batch"]
+    kd_seconds = kd_steps * costs["kd_step"]
+    images = pool_images if pool_images is not None else config.synthetic_images
+    if schedule.time_budget is not None:
+        # The clock decides how much of this is done: the same mixture, for as long as it lasts.
+        share = schedule.time_budget / max(synthesis_seconds + kd_seconds, 1e-9)
+        synthesis_seconds, kd_seconds = synthesis_seconds * share, kd_seconds * share
+        kd_steps = int(kd_steps * share)
+        if synthesises:
+            images = int(images * share)
+    kept = min(images, config.pool_size) if config.pool_size else images
+    student_bytes = sum(tensor.numel() * 4 for tensor in student.state_dict().values())
+    return {
+        "teacher": vars(model_size(teacher, image_size)),
+        "student": vars(model_size(student, image_size)),
+        "synthetic_images": images,
+        "inner_steps": (images // config.synthesis.batch_size) * config.synthesis.steps if synthesises else 0,
+        "kd_steps": kd_steps,
+        "memory_bytes": int(before + costs["memory"] + kept * bytes_per_image),
+        "pool_bytes": kept * bytes_per_image,
+        "disk_bytes": student_bytes + 2**20,
+        "seconds": {
+            "synthesis_batch": round(costs["synthesis_batch"], 4),
+            "kd_step": round(costs["kd_step"], 4),
+            "synthesis": round(synthesis_seconds, 1),
+            "distillation": round(kd_seconds, 1),
+            "total": round(synthesis_seconds + kd_seconds, 1),
+        },
+    }
+
+
+def synthesis_plan(
+    config: RunConfig,
+    teacher: nn.Module,
+    *,
+    num_images: int,
+    burn_in: int,
+    image_size: tuple[int, int, int],
+    num_classes: int,
+    device: torch.device,
+    amp: bool,
+) -> dict[str, Any]:
+    """The plan of ``synthesize``; ``burn_in`` batches are made and thrown away first."""
+    before = _resident_memory(device)
+    costs = timed_steps(config, teacher, None, image_size=image_size, num_classes=num_classes, device=device, amp=amp)
+    batches = burn_in + -(-num_images // config.synthesis.batch_size)
+    # Synthetic images are noisy: PNG saves little, and the soft labels come on top.
+    bytes_per_image = image_size[0] * image_size[1] * image_size[2] + 4 * num_classes
+    seconds = batches * costs["synthesis_batch"]
+    return {
+        "teacher": vars(model_size(teacher, image_size)),
+        "synthetic_images": num_images,
+        "burn_in_batches": burn_in,
+        "inner_steps": batches * config.synthesis.steps,
+        "memory_bytes": int(before + costs["memory"]),
+        "disk_bytes": num_images * bytes_per_image,
+        "seconds": {
+            "synthesis_batch": round(costs["synthesis_batch"], 4),
+            "synthesis": round(seconds, 1),
+            "total": round(seconds, 1),
+        },
+    }
+
+
+__all__ = ["ModelSize", "distillation_plan", "model_size", "synthesis_plan", "timed_steps"]

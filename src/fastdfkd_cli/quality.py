@@ -1,0 +1,181 @@
+"""A quality signal without data: what can be known of a student when there is no test set.
+
+The images it is read from are fresh: another generator, from another seed, without the adversarial term, and none of
+them was shown to the student. They are the teacher's idea of its domain, not the domain itself, so the signal ranks
+students of one teacher; it does not replace an accuracy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastdfkd_cli.bn_stats import batch_norm_layers, channel_moments
+from fastdfkd_cli.config import RunConfig
+from fastdfkd_cli.losses import jensen_shannon
+from fastdfkd_cli.methods import build_method
+from fastdfkd_cli.pool import to_float
+from fastdfkd_cli.records import Record
+
+#: The signal's images come from ``seed + QUALITY_SEED``, so that no run shares them by accident.
+QUALITY_SEED = 7_919
+#: A new generator's first batches look like noise; so many are thrown away (at most the recipe's warm-up).
+BURN_IN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """The signal. Shares are between 0 and 1."""
+
+    #: Fresh images that it was read from.
+    images: int
+    #: Share of images on which student and teacher predict the same class.
+    agreement: float
+    #: Mean Jensen-Shannon divergence between the two outputs, in nats (0: equal, ln 2 = 0.693: disjoint).
+    divergence: float
+    #: Share of images that the teacher recognises as the class asked for.
+    recognised: float
+    #: Share of classes that the teacher predicts for at least one image.
+    coverage: float
+    #: Mean of the teacher's largest probability.
+    teacher_confidence: float
+    #: Mean of the student's largest probability.
+    student_confidence: float
+    #: Mean over BatchNorm layers of ||batch mean - running mean|| / ||running deviation||; None without such layers.
+    statistics_distance: float | None
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Plain values, rounded to what they can carry."""
+        return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+class QualitySignal:
+    """Make fresh images and compare the two networks on them; iterate, then read :attr:`result`.
+
+    Args:
+        config: the run's settings; ``quality_images`` says how many images.
+        teacher, student: images in [0, 1] -> logits, on ``device``; neither is changed.
+        image_size: C, H, W.
+        num_classes: classes to draw labels from.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        teacher: nn.Module,
+        student: nn.Module,
+        *,
+        image_size: tuple[int, int, int],
+        num_classes: int,
+        device: torch.device,
+        amp: bool,
+    ) -> None:
+        self.config = config
+        self.teacher = teacher
+        self.student = student
+        self.num_classes = num_classes
+        self.device = device
+        self.method = build_method(
+            config,
+            teacher,
+            image_size=image_size,
+            num_classes=num_classes,
+            device=device,
+            amp=amp,
+            seed=config.seed + QUALITY_SEED,
+        )
+        self.result: Quality | None = None
+
+    def __iter__(self) -> Iterator[Record]:
+        began = time.perf_counter()
+        schedule = self.config.schedule
+        wanted = self.config.quality_images
+        batch_size = self.config.synthesis.batch_size
+        burn_in = min(BURN_IN, schedule.warmup_rounds * schedule.batches_per_round)
+        batches = burn_in + -(-wanted // batch_size)
+        images: list[Tensor] = []
+        labels: list[Tensor] = []
+        try:
+            for index in range(batches):
+                batch = self.method.synthesize()
+                if index >= burn_in:
+                    images.append(batch.images)
+                    labels.append(batch.labels)
+                elapsed = time.perf_counter() - began
+                yield Record(
+                    phase="quality",
+                    step=index + 1,
+                    total=batches,
+                    unit="batches",
+                    progress=1.0,
+                    elapsed=elapsed,
+                    remaining=elapsed / (index + 1) * (batches - index - 1),
+                    rate=(index + 1) / elapsed,
+                )
+        finally:
+            self.method.close()
+        self.result = compare(
+            self.teacher,
+            self.student,
+            torch.cat(images)[:wanted],
+            torch.cat(labels)[:wanted],
+            num_classes=self.num_classes,
+            batch_size=batch_size,
+        )
+
+
+@torch.no_grad()
+def compare(
+    teacher: nn.Module, student: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int, batch_size: int
+) -> Quality:
+    """Compare two networks on labelled synthetic images (uint8 ``[N, C, H, W]``, int64 ``[N]``), in float32.
+
+    The models run in evaluation mode and are left in it.
+    """
+    teacher.eval()
+    student.eval()
+    teacher_logits, student_logits = [], []
+    moments: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in batch_norm_layers(teacher)}
+    handles = []
+    for name, layer in batch_norm_layers(teacher).items():
+
+        def read(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            moments[name].append((channel_moments(inputs[0])[0], len(inputs[0])))
+
+        handles.append(layer.register_forward_pre_hook(read))
+    try:
+        for chunk in images.split(batch_size):
+            floats = to_float(chunk)
+            teacher_logits.append(teacher(floats).float())
+            student_logits.append(student(floats).float())
+    finally:
+        for handle in handles:
+            handle.remove()
+    teacher_all, student_all = torch.cat(teacher_logits), torch.cat(student_logits)
+    predicted = teacher_all.argmax(1)
+    distances = []
+    for name, layer in batch_norm_layers(teacher).items():
+        if moments[name]:
+            total = sum(count for _, count in moments[name])
+            mean = torch.stack([value * (count / total) for value, count in moments[name]]).sum(0)
+            running_mean: Tensor = layer.running_mean  # type: ignore[assignment]
+            running_var: Tensor = layer.running_var  # type: ignore[assignment]
+            scale = running_var.clamp_min(0).sqrt().norm().clamp_min(1e-12)
+            distances.append(float((mean - running_mean).norm() / scale))
+    return Quality(
+        images=len(images),
+        agreement=float((predicted == student_all.argmax(1)).float().mean()),
+        divergence=float(jensen_shannon(teacher_all, student_all).mean()),
+        recognised=float((predicted == labels).float().mean()),
+        coverage=len(predicted.unique()) / num_classes,
+        teacher_confidence=float(teacher_all.softmax(1).amax(1).mean()),
+        student_confidence=float(student_all.softmax(1).amax(1).mean()),
+        statistics_distance=sum(distances) / len(distances) if distances else None,
+    )
+
+
+__all__ = ["BURN_IN", "QUALITY_SEED", "Quality", "QualitySignal", "compare"]

@@ -1,0 +1,160 @@
+"""The engine behind ``fastdfkd synthesize``: a labelled synthetic data set as a thing of its own.
+
+A new generator's first batches look like noise. A distillation run learns from them all the same (the paper's pool
+holds every batch); a data set is better without them, so as many batches as the recipe's warm-up are made and thrown
+away before the first image is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdfkd_cli import __version__
+from fastdfkd_cli.config import RunConfig, to_dict
+from fastdfkd_cli.dataset import DatasetWriter, load_manifest
+from fastdfkd_cli.errors import FastDFKDError
+from fastdfkd_cli.methods import Synthesizer
+from fastdfkd_cli.pool import to_float
+from fastdfkd_cli.records import Record
+from fastdfkd_cli.runtime import describe_device, versions
+
+#: Seconds between two records.
+RECORD_EVERY = 1.0
+
+
+def burn_in_batches(config: RunConfig) -> int:
+    """Batches that are made and thrown away first: those of the recipe's warm-up rounds."""
+    return config.schedule.warmup_rounds * config.schedule.batches_per_round
+
+
+def header(
+    config: RunConfig, teacher: Mapping[str, Any], student: Mapping[str, Any] | None, amp: bool
+) -> dict[str, Any]:
+    """Everything that decides what the images are. A set is only ever continued under the same one."""
+    settings = to_dict(config)
+    # The student's training and the run's length do not touch a single image of a set.
+    for name in ("distillation", "pool_size", "quality_images"):
+        del settings[name]
+    settings["schedule"] = {"burn_in_batches": burn_in_batches(config)}
+
+    def identity(model: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: model[name] for name in ("name", "revision", "weights_sha256", "num_classes", "input")}
+
+    return {
+        "config": settings,
+        "teacher": identity(teacher),
+        "student": identity(student) if student is not None else None,
+        "amp": amp,
+    }
+
+
+class Synthesis:
+    """One run that fills a folder; iterate to carry it out, then read :attr:`manifest`.
+
+    The state of the method goes into the folder with every shard, so that a stopped run goes on exactly where its last
+    whole shard ended.
+
+    Args:
+        config: the run's settings.
+        method: makes the images.
+        teacher: frozen; images in [0, 1] -> logits. Its logits for each stored image are stored beside it.
+        student: for the adversarial term, or None.
+        writer: the folder, new or taken up again.
+        num_images: images that the folder shall hold at the end.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: Synthesizer,
+        teacher: nn.Module,
+        student: nn.Module | None,
+        *,
+        writer: DatasetWriter,
+        num_images: int,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.method = method
+        self.teacher = teacher
+        self.student = student
+        self.writer = writer
+        self.num_images = num_images
+        self.device = device
+        self.manifest: dict[str, Any] = {}
+        self._burned = 0
+        if writer.state is not None:
+            self.method.load_state_dict(writer.state.tensors)
+            self._burned = int(writer.state.values["burned"])
+
+    def __iter__(self) -> Iterator[Record]:
+        started = reported = time.perf_counter()
+        made_before = self.writer.num_images
+        if self.writer.complete and made_before >= self.num_images:
+            # Nothing to do: the folder holds what was asked for, and stays as it is.
+            self.writer.release()
+            self.manifest = load_manifest(self.writer.directory)
+            return
+        burn_in = burn_in_batches(self.config)
+        while self.writer.num_images < self.num_images:
+            batch = self.method.synthesize(self.student)
+            if self._burned < burn_in:
+                self._burned += 1
+            else:
+                room = self.num_images - self.writer.num_images
+                images = batch.images[:room]
+                self.writer.add(images, batch.labels[:room], self._soft_labels(images))
+                if self.writer.full:
+                    self.writer.flush_shard(state=self._state())
+            now = time.perf_counter()
+            if now - reported >= RECORD_EVERY:
+                reported = now
+                yield self._record(made_before, now - started, {k: float(v) for k, v in batch.losses.items()})
+        seconds = time.perf_counter() - started
+        summary = {
+            "fastdfkd": __version__,
+            "device": describe_device(self.device),
+            "seconds": round(seconds, 2),
+            "images_this_run": self.writer.num_images - made_before,
+            "versions": versions(),
+        }
+        self.manifest = self.writer.close(state=self._state(), summary=summary)
+        yield self._record(made_before, seconds, {})
+
+    @torch.no_grad()
+    def _soft_labels(self, images: Tensor) -> Tensor:
+        """The teacher's logits for the images as they are stored: rounded, not augmented, in float32."""
+        logits = self.teacher(to_float(images)).float()
+        if not torch.isfinite(logits).all():
+            raise FastDFKDError("The teacher's outputs stopped being finite; lower synthesis.lr_generator.")
+        return logits
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {name: tensor.cpu() for name, tensor in self.method.state_dict().items()}
+        return tensors, {"burned": self._burned}
+
+    def _record(self, made_before: int, elapsed: float, values: dict[str, float]) -> Record:
+        made = self.writer.num_images
+        batch = self.config.synthesis.batch_size
+        todo = max(burn_in_batches(self.config) - self._burned, 0) * batch + self.num_images - made
+        done = made - made_before + self._burned * batch
+        rate = done / elapsed if elapsed > 0 else None
+        return Record(
+            phase="synthesis",
+            step=made,
+            total=self.num_images,
+            unit="images",
+            progress=done / (done + todo) if done + todo else 1.0,
+            elapsed=elapsed,
+            remaining=todo / rate if rate else None,
+            rate=rate,
+            values=values,
+        )
+
+
+__all__ = ["Synthesis", "burn_in_batches", "header"]
