@@ -83,6 +83,14 @@ def test_assignments() -> None:
     }
 
 
+def test_none_is_a_choice_or_no_value() -> None:
+    assert parse_assignments(["synthesis.reuse=none", "average=None", "schedule.time_budget=none"]) == {
+        "synthesis.reuse": "none",
+        "distillation.average": "none",
+        "schedule.time_budget": None,
+    }
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

@@ -326,7 +326,7 @@ def distill(
         else:
             result = api.distill(teacher, student, **request)
     if dry_run:
-        _print_result(plan, json)
+        _print_plan(plan, json)
         return
     headline = _headline(result.report)
     print_table("Student", {"path": str(result.path), **headline})
@@ -444,7 +444,7 @@ def synthesize(
         else:
             result = api.synthesize(teacher, **request)
     if dry_run:
-        _print_result(plan, json)
+        _print_plan(plan, json)
     elif json:
         print_json({"path": str(result.path), **result.manifest})
     else:
@@ -695,7 +695,14 @@ def _slug(reference: str) -> str:
 
 def _headline(report: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of a report that a person wants first."""
-    return {key: report[key] for key in ("images", "seconds", "quality", "evaluation") if report.get(key) is not None}
+    judged = report.get("evaluation") or {}
+    scores = {key: judged.get(key) for key in ("dataset", "n_samples", "top1", "top5", "teacher_top1", "agreement")}
+    return {
+        "images": report["images"],
+        "seconds": report["seconds"],
+        "quality": report.get("quality") or {},
+        "evaluation": scores,
+    }
 
 
 def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
@@ -703,6 +710,11 @@ def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
         print_json(result)
     else:
         print_values(result)
+
+
+def _print_plan(plan: Mapping[str, Any], as_json: bool) -> None:
+    """A plan for a person leaves out the fifty settings, which `fastdfkd recipes --show` lists."""
+    _print_result(plan if as_json else {key: value for key, value in plan.items() if key != "config"}, as_json)
 
 
 def _check_results_file(path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastdfkd_cli.config import _full_key, _parse
+from fastdfkd_cli.config import _full_key, _parse, from_dict
 from fastdfkd_cli.errors import UsageError
 
 _DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s?)?", re.I)
@@ -95,6 +95,8 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         if full == "recipe":
             raise UsageError("--set puts settings on a recipe; choose the recipe itself with --recipe NAME.")
         settings[full] = _plain(full, _parse(value.strip()))
+        if value.strip().lower() == "none" and _is_choice(full, "none"):
+            settings[full] = "none"  # a word here (synthesis.reuse=none), and "unset" elsewhere
     return settings
 
 
@@ -165,6 +167,14 @@ def resolve(
         recipe = recipe or named
     given = {key: value for key, value in options.items() if value is not None}
     return recipe or "auto", from_file | dict(environment) | parse_assignments(assignments) | given
+
+
+def _is_choice(key: str, word: str) -> bool:
+    try:
+        from_dict({key: word})
+    except UsageError:
+        return False
+    return True
 
 
 def _plain(key: str, value: Any) -> Any:
