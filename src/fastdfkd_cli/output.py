@@ -31,8 +31,8 @@ MARKER_FILES = ("report.json", "manifest.json")
 #: Everything a run may leave, relative to its folder. ``overwrite`` deletes these and nothing else.
 RUN_FILES = (
     "model.safetensors", "config.json", "config.yaml", "README.md", "report.json", "metrics.jsonl", "samples.png",
-    "manifest.json", "classes.txt", "train-*.tar", "train-*.safetensors", ".train-*.partial",
-    "grids/*.png", "state/*.safetensors", "state/*.json", "_*_tarinfos.pickle",
+    "manifest.json", "classes.txt", "train-*.tar", "train-*.safetensors", "grids/*.png", "state/*.safetensors",
+    "state/*.json", ".train-*.partial", ".*.partial-????????", "*/.*.partial-????????", "_*_tarinfos.pickle",
 )  # fmt: skip
 #: What file managers drop into any folder they show; it is nobody's work.
 LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", ".directory"})

@@ -1,0 +1,588 @@
+"""A synthetic set survives interruption, is what timm reads, and never loads damaged."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from timm.data import ImageDataset, create_dataset
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torch import Tensor
+
+from fastdfkd_cli import dataset
+from fastdfkd_cli.dataset import DatasetWriter, class_folders, load_manifest, read_dataset
+from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
+from fastdfkd_cli.output import StagedDirectory, sha256_file
+
+NAMES = ("cat", "dog / wolf", "Häher")
+HEADER = {"config": {"seed": 0, "synthesis": {"steps": 5}}, "teacher": "tiny"}
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def batch(count: int, *, seed: int = 0, channels: int = 3, size: tuple[int, int] = (6, 5)) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, channels, *size), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(count) % len(NAMES)
+    return images, labels, torch.randn(count, len(NAMES), generator=generator)
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    values = {"class_names": NAMES, "num_classes": 3, "input_size": (3, 6, 5), "shard_size": 4, "header": HEADER}
+    return {**values, **changes}
+
+
+def make(path: Path, count: int = 10, *, channels: int = 3, **changes: Any) -> Batch:
+    data = batch(count, channels=channels)
+    with DatasetWriter(path, **arguments(input_size=(channels, 6, 5), **changes)) as writer:
+        writer.add(*data)
+        writer.close()
+    return data
+
+
+def listing(path: Path) -> list[str]:
+    return sorted(item.relative_to(path).as_posix() for item in path.rglob("*") if item.is_file())
+
+
+def snapshot(path: Path) -> dict[str, bytes]:
+    return {name: (path / name).read_bytes() for name in listing(path)}
+
+
+# The layout
+
+
+def test_class_folders_sort_like_their_indices() -> None:
+    assert class_folders(3, NAMES) == ("0000_cat", "0001_dog_wolf", "0002_Haher")
+    assert class_folders(2, ("猫", "../../etc/passwd")) == ("0000", "0001_etc_passwd")
+    many = class_folders(12345)
+    assert many[7] == "00007"
+    assert list(many) == sorted(many)
+    with pytest.raises(ValueError, match="2 class names for 3"):
+        class_folders(3, ("a", "b"))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_a_set_comes_back_to_the_bit(tmp_path: Path, channels: int) -> None:
+    images, labels, logits = make(tmp_path / "set", channels=channels)
+    found = read_dataset(tmp_path / "set")
+    assert torch.equal(found.images, images)
+    assert torch.equal(found.labels, labels)
+    assert found.logits is not None
+    assert torch.equal(found.logits, logits)
+    assert found.manifest is not None
+    assert found.manifest["counts"] == [4, 3, 3]
+    assert [shard["images"] for shard in found.manifest["shards"]] == [4, 4, 2]
+    assert found.manifest["complete"]
+    assert len(found) == 10
+
+
+def test_half_precision_logits_stay_half(tmp_path: Path) -> None:
+    images, labels, logits = batch(4)
+    with DatasetWriter(tmp_path / "set", **arguments()) as writer:
+        writer.add(images, labels, logits.half())
+        writer.close()
+    found = read_dataset(tmp_path / "set").logits
+    assert found is not None
+    assert found.dtype == torch.float16
+
+
+def test_the_layout_and_its_checksums(tmp_path: Path) -> None:
+    make(tmp_path / "set")
+    shards = [f"train-{index:05d}.{kind}" for index in range(3) for kind in ("safetensors", "tar")]
+    grids = [f"grids/{name}.png" for name in ("0000_cat", "0001_dog_wolf", "0002_Haher")]
+    assert listing(tmp_path / "set") == sorted(["classes.txt", "manifest.json", *grids, *shards])
+    manifest = load_manifest(tmp_path / "set")
+    for shard in manifest["shards"]:
+        for name, facts in shard["files"].items():
+            assert sha256_file(tmp_path / "set" / name) == facts["sha256"]
+    with tarfile.open(tmp_path / "set" / "train-00001.tar") as tar:
+        members = tar.getmembers()
+    assert [member.name for member in members] == [
+        "0001_dog_wolf/00000004.png", "0002_Haher/00000005.png", "0000_cat/00000006.png", "0001_dog_wolf/00000007.png"
+    ]  # fmt: skip
+    assert {(member.mtime, member.uid, member.gid, member.uname) for member in members} == {(0, 0, 0, "")}
+    with Image.open(tmp_path / "set" / "grids" / "0000_cat.png") as grid:
+        assert grid.height > 64
+        assert grid.width > 4 * 64
+
+
+def test_two_writes_of_the_same_images_are_the_same_bytes(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    make(tmp_path / "b")
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+# timm leaves the files that it opens to the garbage collector.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_timm_opens_a_shard_and_the_folder_of_shards(tmp_path: Path) -> None:
+    images, labels, _ = make(tmp_path / "set")
+
+    def check(opened: ImageDataset, expected: range) -> None:
+        assert len(opened) == len(expected)
+        for position in range(len(opened)):
+            picture, label = opened[position]
+            number = int(Path(opened.filename(position)).stem)
+            assert number in expected
+            assert np.array_equal(np.array(picture).transpose(2, 0, 1), images[number].numpy())
+            assert label == labels[number]
+
+    check(create_dataset("", root=str(tmp_path / "set" / "train-00000.tar")), range(4))
+    check(ImageDataset(str(tmp_path / "set"), reader=ReaderImageInTar(str(tmp_path / "set"))), range(10))
+    # The last shard lacks class 2: with the class map the numbers are right all the same.
+    classes = str(tmp_path / "set" / "classes.txt")
+    check(create_dataset("", root=str(tmp_path / "set" / "train-00002.tar"), class_map=classes), range(8, 10))
+
+
+def test_add_checks_what_it_is_given(tmp_path: Path) -> None:
+    images, labels, logits = batch(4)
+    with DatasetWriter(tmp_path / "set", **arguments()) as writer:
+        with pytest.raises(ValueError, match="must be uint8"):
+            writer.add(images.float(), labels, logits)
+        with pytest.raises(ValueError, match="do not fit"):
+            writer.add(images, labels, logits[:, :2])
+        with pytest.raises(ValueError, match=r"in 0\.\.2"):
+            writer.add(images, labels + 1, logits)
+
+
+# Going on
+
+
+def test_a_run_that_stops_anywhere_goes_on_to_the_same_set(tmp_path: Path) -> None:
+    """Batches of 3, shards of 4: the images between shards travel with the state."""
+    batches = [batch(3, seed=seed) for seed in range(5)]
+
+    def run(path: Path, *, start: int, stop: int, resume: bool) -> None:
+        open_writer = DatasetWriter.resume if resume else DatasetWriter
+        with open_writer(path, **arguments()) as writer:
+            if resume:
+                assert writer.state is not None
+                assert writer.state.values == {"batches": start}
+                assert torch.equal(writer.state.tensors["z"], torch.full((2,), float(start)))
+                assert writer.num_images == 3 * start
+            for index in range(start, stop):
+                writer.add(*batches[index])
+                if writer.full:
+                    writer.flush_shard(state=({"z": torch.full((2,), index + 1.0)}, {"batches": index + 1}))
+            if stop == len(batches):
+                writer.close()
+
+    run(tmp_path / "whole", start=0, stop=5, resume=False)
+    run(tmp_path / "parts", start=0, stop=3, resume=False)  # two shards of 4 want 9 images: batch 3 flushed the second
+    assert (tmp_path / "parts" / "state").is_dir()
+    run(tmp_path / "parts", start=3, stop=5, resume=True)
+    assert snapshot(tmp_path / "whole") == snapshot(tmp_path / "parts")
+
+
+def test_a_closed_set_with_its_state_can_grow(tmp_path: Path) -> None:
+    first, second = batch(6), batch(6, seed=1)
+    with DatasetWriter(tmp_path / "set", **arguments()) as writer:
+        writer.add(*first)
+        writer.close(state=({}, {"next": 1}), summary={"seconds": 1.5})
+    assert load_manifest(tmp_path / "set")["summary"] == {"seconds": 1.5}
+    with DatasetWriter.resume(tmp_path / "set", **arguments()) as writer:
+        assert writer.complete
+        assert writer.state is not None
+        assert writer.state.values == {"next": 1}
+        assert (writer.num_images, writer.num_written, writer.counts) == (6, 6, (2, 2, 2))
+        writer.add(*second)
+        assert not writer.complete
+        writer.close()
+    assert torch.equal(read_dataset(tmp_path / "set").images, torch.cat([first[0], second[0]]))
+
+
+def test_resume_begins_a_set_where_there_is_none(tmp_path: Path) -> None:
+    with DatasetWriter.resume(tmp_path / "new" / "set", **arguments()) as writer:
+        assert (writer.state, writer.num_images) == (None, 0)
+        writer.add(*batch(4))
+        writer.close()
+    assert len(read_dataset(tmp_path / "new" / "set")) == 4
+
+
+def test_a_failure_before_the_first_shard_leaves_nothing(tmp_path: Path) -> None:
+    writer = DatasetWriter(tmp_path / "a" / "set", **arguments())
+    with pytest.raises(KeyboardInterrupt), writer:
+        raise KeyboardInterrupt
+    assert listing(tmp_path) == []
+    assert not (tmp_path / "a").exists()
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException, when: Callable[[Any], bool]) -> None:
+    """Make ``dataset.os.NAME`` (or the module's own function) fail where ``when`` its last argument says so."""
+    owner: Any = dataset if hasattr(dataset, name) else dataset.os
+    original = getattr(owner, name)
+
+    def failing(*values: Any) -> Any:
+        if when(values[0]):
+            raise error
+        return original(*values)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize("where", ["write_json", "replace"])
+def test_an_interrupted_shard_is_dropped_or_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    first, second = batch(4), batch(4, seed=1)
+    with DatasetWriter(tmp_path / "set", **arguments()) as writer:
+        writer.add(*first)
+        writer.flush_shard(state=({}, {"done": 1}))
+    writer = DatasetWriter.resume(tmp_path / "set", **arguments())
+    writer.add(*second)
+    with monkeypatch.context() as patch:
+        # Before the manifest the shard does not exist; after it, before the rename, it does.
+        interrupt(
+            patch, where, KeyboardInterrupt(), lambda path: str(path).endswith(("manifest.json", "1.tar.partial"))
+        )
+        with pytest.raises(KeyboardInterrupt):
+            writer.flush_shard(state=({}, {"done": 2}))
+    # Nothing is tidied up here, as after a kill: the temporary names are still there.
+    assert any(name.endswith(".partial") for name in listing(tmp_path / "set"))
+    writer.release()
+    with DatasetWriter.resume(tmp_path / "set", **arguments()) as writer:
+        assert writer.state is not None
+        done = 1 if where == "write_json" else 2
+        assert (writer.state.values, writer.num_written) == ({"done": done}, 4 * done)
+    assert not any(".partial" in name for name in listing(tmp_path / "set"))
+    expected = first[0] if done == 1 else torch.cat([first[0], second[0]])
+    assert torch.equal(read_dataset(tmp_path / "set").images, expected)
+
+
+def test_leaving_after_an_interrupted_rename_keeps_what_the_manifest_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = DatasetWriter(tmp_path / "set", **arguments())
+    writer.add(*batch(4))
+    with monkeypatch.context() as patch:
+        interrupt(patch, "replace", KeyboardInterrupt(), lambda path: str(path).endswith(".tar.partial"))
+        with pytest.raises(KeyboardInterrupt), writer:
+            writer.flush_shard(state=({}, {}))
+    with DatasetWriter.resume(tmp_path / "set", **arguments()) as writer:
+        assert writer.num_written == 4
+    assert len(read_dataset(tmp_path / "set")) == 4
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_whole_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = DatasetWriter(tmp_path / "set", **arguments())
+    writer.add(*batch(4))
+    writer.flush_shard()
+    writer.add(*batch(4, seed=1))
+    with monkeypatch.context() as patch:
+        interrupt(patch, "_png", OSError(errno.ENOSPC, "No space left on device"), lambda image: True)
+        with pytest.raises(FastDFKDError, match=r"Cannot write .*set: No space left"), writer:
+            writer.flush_shard()
+    assert len(read_dataset(tmp_path / "set")) == 4
+    assert not any(".partial" in name for name in listing(tmp_path / "set"))
+
+
+def test_resume_refuses_other_settings_and_names_them(tmp_path: Path) -> None:
+    make(tmp_path / "set")
+    header = {"config": {"seed": 1, "synthesis": {"steps": 5}, "method": "fast"}, "teacher": "tiny"}
+    with pytest.raises(UsageError) as caught:
+        DatasetWriter.resume(tmp_path / "set", **arguments(header=header, shard_size=8))
+    message = str(caught.value)
+    assert "config.seed (there 0, now 1)" in message
+    assert 'config.method (there not set, now "fast")' in message
+    assert "shard_size (there 4, now 8)" in message
+    assert "steps" not in message
+    before = snapshot(tmp_path / "set")
+    with DatasetWriter.resume(tmp_path / "set", **arguments()):
+        pass
+    assert snapshot(tmp_path / "set") == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "train-00007.tar", "grids/mine.png", "train-00000.tar/../x.png"])
+def test_resume_refuses_files_the_manifest_does_not_know(tmp_path: Path, name: str) -> None:
+    make(tmp_path / "set")
+    strange = Path(os.path.normpath(tmp_path / "set" / name))
+    strange.write_text("mine")
+    with pytest.raises(UsageError, match=rf"does not know \(.*{strange.name}\)"):
+        DatasetWriter.resume(tmp_path / "set", **arguments())
+    assert strange.read_text() == "mine"
+    strange.unlink()
+    (tmp_path / "set" / ".DS_Store").write_text("litter")
+    (tmp_path / "set" / "_set_tarinfos.pickle").write_text("timm's cache, stale once the set grows")
+    with DatasetWriter.resume(tmp_path / "set", **arguments()):
+        pass
+    assert not (tmp_path / "set" / "_set_tarinfos.pickle").exists()
+
+
+def test_resume_refuses_a_folder_that_is_no_set(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "README.md").write_text("mine")
+    with pytest.raises(UsageError, match="no set to go on with"):
+        DatasetWriter.resume(tmp_path / "photos", **arguments())
+    with pytest.raises(UsageError, match="is not empty"):
+        DatasetWriter(tmp_path / "photos", **arguments())
+    with pytest.raises(UsageError, match="not written by fastdfkd"):
+        DatasetWriter(tmp_path / "photos", **arguments(), overwrite=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="is a file"):
+        DatasetWriter(tmp_path / "file", **arguments())
+    assert listing(tmp_path) == ["file", "photos/README.md"]
+
+
+def test_resume_notices_a_damaged_shard_or_state(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "set", **arguments()) as writer:
+        writer.add(*batch(5))
+        writer.flush_shard(state=({}, {"done": 1}))
+    state = next((tmp_path / "set" / "state").glob("*.json"))
+    content = state.read_bytes()
+    state.write_bytes(content.replace(b"1", b"2"))
+    with pytest.raises(UnavailableError, match="is damaged"):
+        DatasetWriter.resume(tmp_path / "set", **arguments())
+    state.write_bytes(content)
+    (tmp_path / "set" / "train-00000.safetensors").unlink()
+    with pytest.raises(UnavailableError, match=r"train-00000.safetensors is missing"):
+        DatasetWriter.resume(tmp_path / "set", **arguments())
+
+
+def test_an_existing_set_needs_resume_or_overwrite(tmp_path: Path) -> None:
+    make(tmp_path / "set")
+    with pytest.raises(UsageError, match="--resume"):
+        DatasetWriter(tmp_path / "set", **arguments())
+    before = snapshot(tmp_path / "set")
+    writer = DatasetWriter(tmp_path / "set", **arguments(shard_size=5), overwrite=True)
+    with pytest.raises(KeyboardInterrupt), writer:
+        writer.add(*batch(2, seed=7))
+        raise KeyboardInterrupt
+    assert snapshot(tmp_path / "set") == before
+    new = batch(5, seed=8)
+    with DatasetWriter(tmp_path / "set", **arguments(shard_size=5), overwrite=True) as writer:
+        writer.add(*new)
+        writer.close()
+    assert torch.equal(read_dataset(tmp_path / "set").images, new[0])
+    assert "train-00001.tar" not in listing(tmp_path / "set")
+    (tmp_path / "set" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="thesis.txt"):
+        DatasetWriter(tmp_path / "set", **arguments(), overwrite=True)
+
+
+def test_a_set_may_be_replaced_by_a_run_and_the_other_way_round(tmp_path: Path) -> None:
+    make(tmp_path / "set")
+    with StagedDirectory(tmp_path / "set", overwrite=True) as staging:
+        (staging / "report.json").write_text('{"fastdfkd": "1"}')
+    assert listing(tmp_path / "set") == ["report.json"]
+    with DatasetWriter(tmp_path / "set", **arguments(), overwrite=True) as writer:
+        writer.add(*batch(4))
+        writer.close()
+    assert "report.json" not in listing(tmp_path / "set")
+
+
+def test_two_runs_cannot_write_one_set(tmp_path: Path) -> None:
+    writer = DatasetWriter(tmp_path / "set", **arguments())
+    with pytest.raises(UsageError, match="Another run"):
+        DatasetWriter.resume(tmp_path / "set", **arguments())
+    writer.release()
+    DatasetWriter.resume(tmp_path / "set", **arguments()).release()
+
+
+# Reading what is damaged
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(content[:-700])
+    elif how == "longer":
+        path.write_bytes(content + b"x")
+    else:
+        path.write_bytes(content[:600] + bytes([content[600] ^ 1]) + content[601:])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "is missing"),
+        ("truncated", r"is truncated: [\d,]+ of [\d,]+ bytes"),
+        ("longer", "is not what was written"),
+        ("flipped", "is damaged: its bytes"),
+    ],
+)
+def test_a_damaged_shard_is_told_apart(tmp_path: Path, how: str, message: str) -> None:
+    make(tmp_path / "set")
+    damage(tmp_path / "set" / "train-00001.tar", how)
+    with pytest.raises(UnavailableError, match=f"train-00001.tar {message}") as caught:
+        read_dataset(tmp_path / "set")
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format="other"), "not written by fastdfkd"),
+        (lambda m: m.update(format_version=99), "format version 99"),
+        (lambda m: m.update(input_size=[9, 6, 5]), "input_size"),
+        (lambda m: m.update(counts=[1, 2, 3]), "do not add up"),
+        (lambda m: m.update(classes=["a"]), "do not fit num_classes"),
+        (lambda m: m.pop("shards"), "shards is not a list"),
+        (lambda m: m["shards"][0]["files"].update({"../../x.tar": {}}), "lacks its images or files"),
+        (lambda m: m["shards"][0].update(files={"train-00000.tar": {"bytes": 1, "sha256": "x"}}), "lacks its images"),
+        (lambda m: m.update(state={"/etc/passwd": {"bytes": 1, "sha256": ""}}), "state names something else"),
+    ],
+)
+def test_a_damaged_manifest_is_one_line(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    make(tmp_path / "set")
+    path = tmp_path / "set" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UnavailableError, match=message):
+        read_dataset(tmp_path / "set")
+    path.write_text("{")
+    with pytest.raises(UnavailableError, match="cannot be read"):
+        read_dataset(tmp_path / "set")
+
+
+def forge(path: Path, members: list[tuple[str, bytes | None]]) -> None:
+    """Replace the first shard's tar (None: a link) and make the manifest agree."""
+    tar_path = path / "train-00000.tar"
+    with tarfile.open(tar_path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if content is None:
+                member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                tar.addfile(member)
+            else:
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    manifest = json.loads((path / "manifest.json").read_text())
+    facts = manifest["shards"][0]["files"]["train-00000.tar"]
+    facts.update(bytes=tar_path.stat().st_size, sha256=sha256_file(tar_path))
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def png(size: tuple[int, int] = (5, 6), mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("../evil.png", png())], "points out of the tar"),
+        ([("/etc/evil.png", png())], "points out of the tar"),
+        ([("0000_cat/link.png", None)], "is a link or a device"),
+        ([("0000_cat/run.sh", b"#!")], "is not a PNG"),
+        ([("0000_cat/0.png", b"no png")], "cannot be decoded"),
+        ([("0000_cat/0.png", png()[:45])], "cannot be decoded"),
+        ([("0000_cat/0.png", png((500, 6)))], "not what the manifest states"),
+        ([("0000_cat/0.png", png(mode="L"))], "not what the manifest states"),
+        ([("0001_dog_wolf/0.png", png())], "another class than its label 0"),
+        ([("0000_cat/0.png", png())], "holds 1 images, not 4"),
+        ([(f"{name}/{i}.png", png()) for i, name in enumerate(class_folders(3, NAMES) * 2)], "holds more images"),
+    ],
+)
+def test_a_tar_that_only_looks_right_is_refused(
+    tmp_path: Path, members: list[tuple[str, bytes | None]], message: str
+) -> None:
+    make(tmp_path / "set", count=4)
+    forge(tmp_path / "set", members)
+    with pytest.raises(UnavailableError, match=message):
+        read_dataset(tmp_path / "set")
+
+
+def test_logits_of_another_shape_are_refused(tmp_path: Path) -> None:
+    make(tmp_path / "set", count=4)
+    path = tmp_path / "set" / "train-00000.safetensors"
+    safetensors.torch.save_file({"labels": torch.zeros(4, dtype=torch.int64), "logits": torch.zeros(4, 2)}, path)
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    manifest["shards"][0]["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    (tmp_path / "set" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UnavailableError, match=r"does not hold labels \[4\] and logits \[4, 3\]"):
+        read_dataset(tmp_path / "set")
+
+
+def test_another_size_drops_the_logits_and_other_channels_are_refused(tmp_path: Path) -> None:
+    images, _, _ = make(tmp_path / "set", count=4)
+    found = read_dataset(tmp_path / "set", input_size=(3, 12, 10), interpolation="nearest")
+    assert found.logits is None
+    assert torch.equal(found.images[:, :, ::2, ::2], images)
+    with pytest.raises(UsageError, match="3 channels, and 1 are needed"):
+        read_dataset(tmp_path / "set", input_size=(1, 6, 5))
+
+
+def test_a_set_without_images_yet_is_refused(tmp_path: Path) -> None:
+    DatasetWriter(tmp_path / "set", **arguments()).release()
+    with pytest.raises(UsageError, match="no images yet"):
+        read_dataset(tmp_path / "set")
+
+
+# Plain images
+
+
+# timm leaves the files that it opens to the garbage collector.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_a_folder_of_class_folders_is_read_as_timm_numbers_it(tmp_path: Path) -> None:
+    for index, name in enumerate(("class10", "class9")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 4), (index * 100, 0, 0)).save(tmp_path / "data" / name / "a.png")
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("L", (3, 3), 255).save(tmp_path / "elsewhere" / "b.JPG")
+    (tmp_path / "data" / "class9" / "notes.txt").write_text("no image")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    found = read_dataset(tmp_path / "data", input_size=(3, 4, 4))
+    opened = create_dataset("", root=str(tmp_path / "data"))
+    assert found.images.shape == (3, 3, 4, 4)
+    assert found.class_folders == ("class9", "class10", "linked")
+    assert found.labels.tolist() == [opened[position][1] for position in range(3)]
+    assert found.images[:, 0].float().mean((1, 2)).round().tolist() == [100.0, 0.0, 255.0]
+    assert (found.logits, found.manifest) == (None, None)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_plain_images_take_the_channels_asked_for(tmp_path: Path, channels: int) -> None:
+    Image.new("RGB", (4, 4), (10, 10, 10)).save(tmp_path / "a.png")
+    found = read_dataset(tmp_path, input_size=(channels, 4, 4))
+    assert found.images.shape == (1, channels, 4, 4)
+    assert found.images[0, 0].unique().tolist() == [10]
+    assert found.labels.tolist() == [-1]
+
+
+def test_a_shard_alone_and_shards_without_their_manifest_are_plain_images(tmp_path: Path) -> None:
+    images, labels, _ = make(tmp_path / "set")
+    last = read_dataset(tmp_path / "set" / "train-00002.tar", input_size=(3, 6, 5))
+    assert torch.equal(last.images, images[8:])
+    assert torch.equal(last.labels, labels[8:])  # class 1 is missing here: classes.txt beside it tells
+    (tmp_path / "set" / "manifest.json").unlink()
+    found = read_dataset(tmp_path / "set", input_size=(3, 6, 5))
+    assert torch.equal(found.images, images)  # and not the pictures in grids/
+    assert torch.equal(found.labels, labels)
+
+
+def test_plain_data_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    size = (3, 4, 4)
+    with pytest.raises(UsageError, match="does not exist"):
+        read_dataset(tmp_path / "none", input_size=size)
+    with pytest.raises(UsageError, match="holds no images"):
+        read_dataset(tmp_path, input_size=size)
+    with pytest.raises(UsageError, match="input size must be given"):
+        read_dataset(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(UsageError, match="neither a folder nor"):
+        read_dataset(tmp_path / "a.txt", input_size=size)
+    (tmp_path / "a.tar").write_text("no tar")
+    with pytest.raises(UnavailableError, match=r"a.tar cannot be read as a tar"):
+        read_dataset(tmp_path / "a.tar", input_size=size)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "broken.png").write_bytes(png()[:40])
+    with pytest.raises(UnavailableError, match=r"broken.png cannot be decoded"):
+        read_dataset(folder, input_size=size)
+    (folder / "broken.png").unlink()
+    Image.fromarray(np.zeros((4, 4), dtype=np.uint16)).save(folder / "deep.png")
+    with pytest.raises(UnavailableError, match=r"deep.png has more than 8 bits"):
+        read_dataset(folder, input_size=size)
