@@ -108,6 +108,19 @@ def test_the_live_display_shows_every_phase(monkeypatch: pytest.MonkeyPatch) -> 
         assert expected in shown
 
 
+def test_a_narrow_terminal_cuts_the_losses_not_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    with console.Progress(live=True) as progress:
+        progress.record(record(values={"a long name": 1.0, "another long name": 2.0}))
+    assert "synthesis" in screen.getvalue()
+    assert "512/1,024 images" in screen.getvalue()
+    assert "51 images/s" in screen.getvalue()
+    assert "…" in screen.getvalue()
+
+
 def test_json_is_one_plain_object(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     console.print_json({"top1": 93.5, "path": Path("a/b"), "nested": {"loss": math.nan, "rates": (1, math.inf)}})

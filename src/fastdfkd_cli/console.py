@@ -175,11 +175,12 @@ class Progress:
             Text(f"{format_seconds(last.elapsed)} elapsed"),
             Text(left, style="cyan"),
         )
-        phases = Table.grid(padding=(0, 2))
+        # The losses take what room is left; without a ratio Rich would shorten every column alike.
+        phases = Table.grid(padding=(0, 2), expand=True)
         phases.add_column(no_wrap=True)
         phases.add_column(no_wrap=True, justify="right")
         phases.add_column(no_wrap=True, justify="right")
-        phases.add_column(overflow="ellipsis", no_wrap=True)
+        phases.add_column(overflow="ellipsis", no_wrap=True, ratio=1)
         for phase, record in latest.items():
             style = "bold" if record is last else "dim"
             row = (phase, _position(record), _rate(record), _values(record))
