@@ -15,6 +15,7 @@ import dataclasses
 import importlib.resources
 import importlib.util
 import io
+import itertools
 import json
 import os
 import struct
@@ -119,19 +120,24 @@ class EvaluationData:
             note = f"{self.name}: classes are matched to the model's by name" + (
                 f"; {missing} of the model's {num_classes} classes have no images." if missing else "."
             )
-            return dataclasses.replace(self, label_map=label_map, notes=(*self.notes, note))
+            return dataclasses.replace(self, label_map=label_map, notes=self._notes_with(note))
         if len(names) != num_classes:
             raise UsageError(
                 f"{self.name} has {len(names)} classes ({_shortened(names)}) and the model {num_classes}: "
                 "they must be the same classes."
             )
-        if known:
+        numbers = all(name.isdecimal() and int(name) == index for index, name in enumerate(names))
+        if known and not numbers:  # folders called 0, 1, 2, ... say by themselves that the position counts
             note = (
                 f"{self.name}: its class names ({_shortened(names)}) are not the model's "
                 f"({_shortened(tuple(known))}); classes are matched by position."
             )
-            return dataclasses.replace(self, notes=(*self.notes, note))
+            return dataclasses.replace(self, notes=self._notes_with(note))
         return self
+
+    def _notes_with(self, note: str) -> tuple[str, ...]:
+        """Aligning twice with the same model says so once."""
+        return self.notes if note in self.notes else (*self.notes, note)
 
     def batches(
         self, inputs: Sequence[InputSpec], *, batch_size: int, workers: int = 0, pin_memory: bool = False
@@ -169,20 +175,26 @@ class EvaluationData:
 
 
 def evaluation_input(spec: InputSpec, *, img_size: int | None = None, crop_pct: float | None = None) -> InputSpec:
-    """Return ``spec`` with another (square) image size or share of the image that the crop keeps.
+    """Return ``spec`` as it is evaluated: at the size and crop that the weights' authors test with, unless asked.
+
+    Args:
+        spec: a model's input.
+        img_size: another, square image size.
+        crop_pct: another share of the image that the crop keeps.
 
     Raises:
         UsageError: a value is out of range.
     """
+    size, share = spec.test_size or spec.size, spec.test_crop_pct or spec.crop_pct
     if img_size is not None:
         if img_size < 1:
             raise UsageError(f"--img-size must be 1 or more, not {img_size}.")
-        spec = dataclasses.replace(spec, size=(spec.size[0], img_size, img_size))
+        size = (size[0], img_size, img_size)
     if crop_pct is not None:
         if not 0 < crop_pct <= 1:
             raise UsageError(f"--crop-pct must be above 0 and at most 1, not {crop_pct}.")
-        spec = dataclasses.replace(spec, crop_pct=crop_pct)
-    return spec
+        share = crop_pct
+    return dataclasses.replace(spec, size=size, crop_pct=share, test_size=None, test_crop_pct=None)
 
 
 def open_evaluation_data(
@@ -283,20 +295,22 @@ def _open_path(path: Path, split: str) -> EvaluationData:
     if not path.exists():
         raise UnavailableError(f"There is no folder or file {path}.")
     found: str | None = None
-    manifest_classes: tuple[str, ...] | None = None
+    manifest: _Manifest | None = None
     if path.is_file():
         if path.suffix.lower() != ".tar":
             raise UsageError(f"{path} is neither a folder nor a .tar (a compressed archive must be unpacked first).")
         entries = list(_tar_entries(path, prefix=""))
     else:
         root, found = _split_folder(path, split)
-        entries = list(_folder_entries(root))
-        shards = sorted(root.glob("*.tar"), key=lambda shard: natural_key(shard.name))
+        # Hidden ones are what an interrupted writer leaves.
+        shards = [shard for shard in root.glob("*.tar") if not shard.name.startswith(".")]
+        manifest = _read_manifest(root / "manifest.json") if shards else None
+        # A synthetic set keeps grids of its images beside the shards: they are not of the set.
+        entries = [] if manifest else list(_folder_entries(root))
         if not entries and shards:
             if found is None:
                 shards, found = _split_shards(path, shards, split)
             entries = [entry for shard in shards for entry in _tar_entries(shard, prefix=shard.stem)]
-            manifest_classes = _manifest_classes(root / "manifest.json")
     if not entries:
         raise UnavailableError(f"{path} holds no images ({', '.join(get_img_extensions())}).")
     loose = [entry.name for entry in entries if not entry.label]
@@ -306,12 +320,11 @@ def _open_path(path: Path, split: str) -> EvaluationData:
             "put each under the name of its class."
         )
     present = sorted({entry.label for entry in entries}, key=natural_key)
-    classes = tuple(present)
-    if manifest_classes is not None and set(present) <= set(manifest_classes):
-        # A synthetic set may lack a class; the manifest knows all of them, in the teacher's order.
-        classes = manifest_classes
+    folders = names = tuple(present)
+    if manifest is not None and set(present) <= set(manifest.folders):
+        folders, names = manifest.folders, manifest.names
     entries.sort(key=lambda entry: natural_key(entry.name))
-    return EvaluationData(name=str(path), split=found, class_names=classes, source=_FileSource(entries, classes))
+    return EvaluationData(name=str(path), split=found, class_names=names, source=_FileSource(entries, folders))
 
 
 def _split_names(split: str) -> tuple[str, ...]:
@@ -395,15 +408,30 @@ def _archive_entries(file: IO[bytes], path: Path, *, prefix: str, start: int) ->
                 yield _Entry(path=str(path), name=member.name, label=label, offset=offset, size=member.size)
 
 
-def _manifest_classes(path: Path) -> tuple[str, ...] | None:
-    """The class folders that a synthetic set's manifest lists, in the teacher's order."""
+@dataclass(frozen=True)
+class _Manifest:
+    """The classes of a synthetic set, in the teacher's order; some of them may have no image in it."""
+
+    folders: tuple[str, ...]
+    #: As the teacher calls them; the folders where it does not name them.
+    names: tuple[str, ...]
+
+
+def _read_manifest(path: Path) -> _Manifest | None:
+    """Read the classes from a synthetic set's manifest; None where there is none, or somebody else's."""
     if not path.is_file():
         return None
     try:
-        classes = json.loads(path.read_text(encoding="utf-8")).get("classes")
-    except (ValueError, AttributeError):
-        raise UnavailableError(f"{path} is not a readable manifest (JSON with the key 'classes').") from None
-    return tuple(str(name) for name in classes) if isinstance(classes, list) else None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnavailableError(f"{path} is no readable manifest: {_first_line(error)}.") from None
+    folders = content.get("classes") if isinstance(content, dict) else None
+    if not isinstance(folders, list) or not all(isinstance(folder, str) for folder in folders):
+        return None
+    names = content.get("class_names")
+    if not isinstance(names, list) or len(names) != len(folders):
+        names = folders
+    return _Manifest(tuple(folders), tuple(str(name) for name in names))
 
 
 # ------------------------------------------------------------------------------------------------ data sets by name
@@ -569,12 +597,20 @@ class _StreamedViews(IterableDataset[Any]):
         self.label_map = label_map
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], int] | _Unreadable]:
-        for index, (picture, label) in enumerate(self.source):
+        images = iter(self.source)
+        for index in itertools.count():
+            try:
+                picture, label = next(images)
+            except StopIteration:
+                return
+            except _DECODE_ERRORS as error:
+                yield _Unreadable(f"image {index}", f"cannot be read ({_first_line(error)}).")
+                return
             wanted = _model_label(label, self.label_map)
             if wanted is None:
                 yield _Unreadable(f"image {index}", _no_label(label))
-            else:
-                yield [pipeline(picture) for pipeline in self.pipelines], wanted
+                return
+            yield [pipeline(picture) for pipeline in self.pipelines], wanted
 
 
 def _model_label(label: int | None, label_map: tuple[int, ...] | None) -> int | None:
