@@ -58,11 +58,12 @@ def test_plain_lines_are_seconds_apart(monkeypatch: pytest.MonkeyPatch, capfd: p
         progress.record(record(phase="distillation", step=1))
         progress.record(record(phase="distillation", step=2))
     lines = capfd.readouterr().err.splitlines()
-    # After 0, 5 and 10 s; the new phase; and the last record, so that the log ends where the run did.
+    # After 0, 5 and 10 s; where the phase ended; the new phase; and the last record, where the run ended.
     assert [line.split()[2:4] for line in lines] == [
         ["synthesis", "0/1,024"],
         ["synthesis", "40/1,024"],
         ["synthesis", "80/1,024"],
+        ["synthesis", "99/1,024"],
         ["distillation", "1/1,024"],
         ["distillation", "2/1,024"],
     ]
@@ -178,3 +179,36 @@ def test_the_table_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
     assert out == ""
     assert "".join(err.split()).endswith("[a]/" + "b" * 120 + "top195.25")
     assert "absent" not in err
+
+
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "table", "lines"),
+    [(True, True, True, False), (False, True, True, True), (True, False, False, True), (False, False, False, True)],
+)
+def test_a_summary_is_said_once(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stdout: bool,
+    stderr: bool,
+    table: bool,
+    lines: bool,
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: stdout)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: stderr)
+    console.print_summary("Student", "out", {"top1": 95.0}, as_json=None)
+    out, err = capsys.readouterr()
+    assert ("top1" in err) == table
+    assert out == ("top1 95\nout\n" if lines else "out\n")
+
+
+def test_a_summary_as_json_is_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_summary("Student", "out", {"top1": 95.0}, as_json={"path": "out"})
+    assert json.loads(capsys.readouterr().out) == {"path": "out"}
+
+
+def test_messages_come_after_what_led_to_them(capfd: pytest.CaptureFixture[str]) -> None:
+    with console.Progress(live=False) as progress:
+        progress.record(record(step=1))
+        progress.record(record(step=2))
+        progress.message("done")
+    assert [line.split()[-1] for line in capfd.readouterr().err.splitlines()] == ["left", "left", "done"]

@@ -21,7 +21,7 @@ from fastdfkd_cli.console import (
     print_columns,
     print_json,
     print_line,
-    print_table,
+    print_summary,
     print_values,
 )
 from fastdfkd_cli.errors import ThresholdError, UsageError
@@ -328,13 +328,8 @@ def distill(
     if dry_run:
         _print_plan(plan, json)
         return
-    headline = _headline(result.report)
-    print_table("Student", {"path": str(result.path), **headline})
-    if json:
-        print_json({"path": str(result.path), **result.report})
-    else:
-        print_values(headline)
-        print_line(result.path)
+    report = {"path": str(result.path), **result.report} if json else None
+    print_summary("Student", str(result.path), _headline(result.report), as_json=report)
 
 
 @app.command(cls=_Command)

@@ -141,26 +141,37 @@ class Progress:
     ) -> None:
         if self._live is not None:
             self._live.stop()
-        if kind is None and self._last is not None and self._last is not self._printed:
-            self._print(self._last)
+        if kind is None:
+            self._catch_up()
 
     def record(self, record: Record) -> None:
         """Take note of a record; cheap enough for every step."""
         first = record.phase not in self._latest
+        if first:
+            self._catch_up()
         self._latest[record.phase] = self._last = record
         if self._live is None and (first or time.monotonic() - self._printed_at >= self._interval):
             self._print(record)
 
     def message(self, text: str) -> None:
         """Print a line on stderr, above a live display."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._catch_up()
+        self._write(text)
 
     def _print(self, record: Record) -> None:
         self._printed, self._printed_at = record, time.monotonic()
         parts = [f"[{record.progress:4.0%}] {record.phase} {_position(record)}", _rate(record), _values(record)]
         if record.remaining is not None:
             parts.append(f"{format_seconds(record.remaining)} left")
-        self.message(", ".join(part for part in parts if part))
+        self._write(", ".join(part for part in parts if part))
+
+    def _write(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def _catch_up(self) -> None:
+        """In a log, say how far it went before something else is said; a live display shows it anyway."""
+        if self._live is None and self._last is not None and self._last is not self._printed:
+            self._print(self._last)
 
     def _render(self) -> RenderableType:
         # Called from Live's own thread: copy what the run's thread may be changing.
@@ -206,6 +217,26 @@ def _values(record: Record) -> str:
 # -- summaries on stderr -----------------------------------------------------------------------------------------
 
 
+def print_summary(title: str, place: str, figures: Mapping[str, Any], *, as_json: Mapping[str, Any] | None) -> None:
+    """End a run: a table for a person at a terminal; ``key value`` lines where stdout or stderr is read elsewhere.
+
+    Args:
+        title: the table's.
+        place: the result's path: the last line on stdout.
+        figures: what to show.
+        as_json: the one object to print on stdout instead of lines; None for lines.
+    """
+    watched = sys.stderr.isatty()
+    if watched:
+        print_table(title, {"path": place, **figures})
+    if as_json is not None:
+        print_json(as_json)
+        return
+    if not (watched and sys.stdout.isatty()):
+        print_values(figures)
+    print_line(place)
+
+
 def print_table(title: str, rows: Mapping[str, Any]) -> None:
     """Print a short two-column table on stderr, without the absent (None) values."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -230,6 +261,7 @@ __all__ = [
     "print_error",
     "print_json",
     "print_line",
+    "print_summary",
     "print_table",
     "print_values",
 ]
