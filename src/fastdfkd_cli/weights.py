@@ -16,6 +16,7 @@ import math
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -229,11 +230,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        # timm's training checkpoints hold their arguments as a Namespace, which is data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # timm's training checkpoints hold their arguments as a Namespace, which is data. torch warns of odd files
+        # before it fails on them; the failure is told below.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class|operand)[: ]+(\S+)", str(error))
+        wanted = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported class ([\w.]+)", str(error))
         if wanted is None:
             raise UnavailableError(f"{path} is not a PyTorch checkpoint.{_pointer_hint(path)}") from error
         raise UnavailableError(

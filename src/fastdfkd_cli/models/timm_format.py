@@ -45,7 +45,7 @@ from fastdfkd_cli.weights import (
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 
-def _build_verified(key: str, checkpoint: Checkpoint, config: dict[str, Any], what: str, **arguments: Any) -> nn.Module:
+def build_verified(key: str, checkpoint: Checkpoint, config: dict[str, Any], what: str, **arguments: Any) -> nn.Module:
     """Build a registry network with a checkpoint's weights, renamed as timm does for it; nothing may stay random.
 
     timm's loading goes through code of each architecture that renames, cuts and resizes, and drops what does not
@@ -163,7 +163,7 @@ def load_described(
     require_same_channels(options.input_size, usual.size[0], name, role)
     size = stated_size(options, like, usual.size)
     arguments = {**described.model_args, **arch.registry_arguments(config, size)}
-    module = _build_verified(
+    module = build_verified(
         described.key, checkpoint, config, name, num_classes=num_classes, in_chans=usual.size[0], **arguments
     )
     return LoadedModel(
