@@ -246,7 +246,9 @@ def test_sha256_file(tmp_path: Path) -> None:
 
 
 def test_text_from_elsewhere_stays_text_in_markdown() -> None:
-    assert safe_text("# Title\n<script>[a](b)") == r"\# Title \<script\>\[a\]\(b\)"
+    assert safe_text("# Title\n<script>[a](b)") == r"\# Title \<script\>\[a\](b)"
+    assert safe_text("- item") == r"\- item"
+    assert safe_text("1. item-2") == r"1\. item-2"
     assert safe_text("cat\x1b[31m\u202e\x00 dog") == r"cat \[31m dog"
     assert safe_text("naïve 猫 1.5") == "naïve 猫 1.5"
     assert safe_code("a\nb") == "`a b`"

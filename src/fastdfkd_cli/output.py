@@ -364,7 +364,7 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+\-!|~&$])")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>!|~&$]|^[#+=-]|(?<=^\d)[.)](?= ))")
 
 
 def one_line(text: object) -> str:

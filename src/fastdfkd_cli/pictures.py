@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -73,6 +74,19 @@ def write_grid(path: str | Path, images: Tensor, *, columns: int = 8) -> None:
     _save_png(path, _grid(tiles(images), min(columns, len(images))))
 
 
+def _label(label: int, class_names: Sequence[str] | None, font: Any) -> str:
+    """A class's number and name, cut to the margin's greatest width."""
+    text = str(label)
+    if class_names is not None and 0 <= label < len(class_names) and class_names[label] != text:
+        text += f" {class_names[label]}"
+    text = one_line(text).encode("latin-1", "replace").decode("latin-1")  # what the built-in font can draw
+    if font.getlength(text) <= _LABEL_WIDTH:
+        return text
+    while font.getlength(text + "...") > _LABEL_WIDTH:
+        text = text[:-1]
+    return text + "..."
+
+
 def write_samples(
     path: str | Path,
     images: Tensor,
@@ -106,16 +120,13 @@ def write_samples(
     for row, part in enumerate(shown.split([len(indices) for indices in chosen])):
         table[row, : len(part)] = part
     grid = _grid(table.flatten(0, 1), width)
-    picture = Image.new("RGB", (grid.width + _LABEL_WIDTH, grid.height), "white")
-    picture.paste(grid, (_LABEL_WIDTH, 0))
-    draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=_LABEL_SIZE)
-    for row, label in enumerate(present):
-        named = class_names is not None and 0 <= label < len(class_names)
-        text = f"{label} {class_names[label]}" if class_names and named else str(label)
-        text = one_line(text).encode("latin-1", "replace").decode("latin-1")  # what the built-in font can draw
-        while draw.textlength(text, font=font) > _LABEL_WIDTH - 8:
-            text = text[:-2] + "\u2026" if not text.endswith("\u2026") else text[:-2] + "\u2026"
+    texts = [_label(label, class_names, font) for label in present]
+    margin = round(max(font.getlength(text) for text in texts)) + 12
+    picture = Image.new("RGB", (grid.width + margin, grid.height), "white")
+    picture.paste(grid, (margin, 0))
+    draw = ImageDraw.Draw(picture)
+    for row, text in enumerate(texts):
         top = _PADDING + row * (shown.shape[2] + _PADDING) + (shown.shape[2] - _LABEL_SIZE) // 2
         draw.text((6, top), text, fill="black", font=font)
     _save_png(path, picture)
