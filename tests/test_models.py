@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import pytest
 import timm
 import torch
 import torchvision
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
 import fastdfkd_cli
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
+from fastdfkd_cli.hub import _reachable
 from fastdfkd_cli.models import (
     BUILTIN_MODELS,
     InputSpec,
@@ -480,6 +483,7 @@ def test_a_module_keeps_its_identity() -> None:
     loaded = load_teacher(nn.DataParallel(module), SMALL)
     assert loaded.module is module
     assert loaded.architecture == TINY
+    assert load_teacher(Wrapped("tuple"), SMALL).architecture is None
     changed = net()
     changed.extra = nn.Linear(1, 1)
     assert load_teacher(changed, SMALL).architecture is None
@@ -633,8 +637,8 @@ results = {}
 for reference in sys.argv[1:]:
     start = time.monotonic()
     try:
-        results[reference] = load_teacher(reference).describe()
-        results[reference]["head"] = load_teacher(reference).module.get_classifier().bias.tolist()
+        loaded = load_teacher(reference)
+        results[reference] = loaded.describe() | {"head": loaded.module.get_classifier().bias.tolist()}
     except FastDFKDError as error:
         results[reference] = {"error": str(error), "code": error.exit_code}
     results[reference]["seconds"] = time.monotonic() - start
@@ -683,6 +687,39 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     save_for_hf(timm.create_model("test_resnet"), root / "timm" / TIMM_NAME, safe_serialization=True)
     with serving(root) as server:
         yield server
+
+
+def test_a_broken_connection_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever the client's HTTP library raises while a file is on its way."""
+
+    def broken(*args: object, **kwargs: object) -> str:
+        raise HfHubHTTPError.__bases__[0]("peer closed connection\nwithout sending it all")
+
+    monkeypatch.setattr("fastdfkd_cli.hub.hf_hub_download", broken)
+    monkeypatch.setattr("fastdfkd_cli.hub._reachable", lambda endpoint, minute: True)
+    fails(UnavailableError, "config.json of me/net could not be downloaded: peer closed connection$", "me/net")
+
+
+@pytest.mark.parametrize("endpoint", ["no-url", "http://127.0.0.1:9", "http://127.0.0.1:port", "https://"])
+def test_an_endpoint_that_is_not_there(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    assert not _reachable(endpoint, 0)
+
+
+def test_a_proxy_is_left_to_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert _reachable("http://hub.invalid", 0)
+
+
+def test_the_students_size_for_evaluation_is_not_the_teachers(teacher: LoadedModel) -> None:
+    teacher.input = replace(teacher.input, test_size=(3, 24, 24), test_crop_pct=0.9)
+    assert load_student("cifar/wrn10_1", like=teacher).input == replace(
+        teacher.input, test_size=None, test_crop_pct=None
+    )
 
 
 def test_hub(hub: HubServer, tmp_path: Path) -> None:

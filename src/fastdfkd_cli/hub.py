@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import socket
+import time
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from fastdfkd_cli.errors import UnavailableError, UsageError
 
 #: Seconds to wait for the Hub to accept a connection. The client itself would go on retrying for about 23 s.
 CONNECT_TIMEOUT = 5.0
+#: A connection that breaks while a file is on its way. The client's HTTP library differs from version to version;
+#: its own errors are what the Hub's errors derive from.
+_TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
 
 
 class HubFileMissing(UnavailableError):
@@ -49,16 +53,22 @@ def split_revision(repo: str) -> tuple[str, str | None]:
 
 
 @lru_cache(maxsize=8)
-def _reachable(endpoint: str) -> bool:
-    """Whether the endpoint accepts a connection. Behind a proxy the client is left to find out itself."""
-    url = urllib.parse.urlsplit(endpoint)
-    host = url.hostname or ""
-    if url.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
-        return True
+def _reachable(endpoint: str, minute: int) -> bool:
+    """Whether the endpoint accepts a connection. Behind a proxy the client is left to find out itself.
+
+    One model takes several files: the answer is kept for the ``minute``, which is only part of the cache's key.
+    """
     try:
-        with socket.create_connection((host, url.port or (80 if url.scheme == "http" else 443)), CONNECT_TIMEOUT):
+        url = urllib.parse.urlsplit(endpoint)
+        host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
+        proxies = urllib.request.getproxies()
+        if (url.scheme in proxies or "all" in proxies) and not urllib.request.proxy_bypass(host):
             return True
-    except OSError:
+        if not host:
+            return False
+        with socket.create_connection((host, port), CONNECT_TIMEOUT):
+            return True
+    except (OSError, ValueError):  # ValueError: the endpoint is no URL
         return False
 
 
@@ -77,7 +87,7 @@ def hub_file(repo: str, filename: str, revision: str | None = None) -> HubFile:
     """
     written = f"{repo}@{revision}" if revision else repo
     offline = constants.HF_HUB_OFFLINE
-    unreachable = not offline and not _reachable(constants.ENDPOINT)
+    unreachable = not offline and not _reachable(constants.ENDPOINT, int(time.monotonic()) // 60)
     # The order of the clauses matters: GatedRepoError is a RepositoryNotFoundError, LocalEntryNotFoundError an
     # EntryNotFoundError, and most of them are HfHubHTTPErrors.
     try:
@@ -120,7 +130,7 @@ def hub_file(repo: str, filename: str, revision: str | None = None) -> HubFile:
             f"The Hub answered {status or 'with an error'} for {filename} of {written}: try again later, or check "
             "HF_ENDPOINT and HF_TOKEN."
         ) from error
-    except OSError as error:
+    except _TRANSPORT_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UnavailableError(f"{filename} of {written} could not be downloaded: {reason}") from error
     # The cache keeps a file as .../snapshots/COMMIT/FILENAME.

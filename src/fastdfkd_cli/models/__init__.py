@@ -47,6 +47,7 @@ from fastdfkd_cli.models.spec import (
     input_spec,
     refuse,
     size_text,
+    taught_input,
 )
 from fastdfkd_cli.models.timm_format import load_folder, load_hub, load_timm
 from fastdfkd_cli.weights import WEIGHT_SUFFIXES, ModelFacts, require_finite
@@ -231,7 +232,7 @@ def _from_scratch(a: Architecture | None, options: ModelOptions, reference: str,
     size = like.input.size
     arguments = arch.registry_arguments(a.config(), size)
     module = build(a, like.num_classes, size, arguments)
-    spec = input_spec(size, options, ModelFacts(), like.input, "student")
+    spec = input_spec(size, options, ModelFacts(), taught_input(like), "student")
     module, classes = with_classes(a, module, spec, a.name)
     return LoadedModel(
         module=module,

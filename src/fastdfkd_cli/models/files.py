@@ -28,6 +28,7 @@ from fastdfkd_cli.models.spec import (
     input_spec,
     require_same_channels,
     require_same_classes,
+    taught_input,
 )
 from fastdfkd_cli.models.timm_format import WEIGHT_NAMES, class_names, download, load_folder
 from fastdfkd_cli.weights import ModelFacts, load_exactly, misfit, read_checkpoint
@@ -91,7 +92,7 @@ def load_file(
         if a.family != "user"
         else "Give the factory that it was saved from.",
     )
-    usual = like.input if like is not None else config_input(config)
+    usual = taught_input(like) if like is not None else config_input(config)
     spec = input_spec(size, options, facts, usual, role)
     module, classes = with_classes(a, module, spec, name)
     require_same_classes(options.num_classes, classes, name, role)
@@ -203,11 +204,13 @@ def describe_module(
     size = options.input_size or (like.input.size if like is not None else None) or config.get("input_size")
     if size is None:
         raise UsageError(f"{name} does not say what it is fed: give {flag(role, 'input-size')} C H W (input_size).")
-    usual = like.input if like is not None else config_input({**config, "input_size": tuple(size)})
+    usual = taught_input(like) if like is not None else config_input({**config, "input_size": tuple(size)})
     spec = input_spec(tuple(size), options, ModelFacts(), usual, role)
     adapted, classes = adapt(module, spec, name)
     require_same_classes(options.num_classes, classes, name, role)
-    key, model_args = _registry_identity(module, config, classes, size[0])
+    # A network whose output had to be adapted is not what timm would build.
+    known = adapted is module
+    key, model_args = _registry_identity(module, config, classes, size[0]) if known else (None, {})
     return LoadedModel(
         module=adapted,
         reference=reference,

@@ -267,6 +267,11 @@ def input_spec(
     )
 
 
+def taught_input(teacher: LoadedModel) -> InputSpec:
+    """A student's usual input: its teacher's, at the size it is trained at."""
+    return dataclasses.replace(teacher.input, test_size=None, test_crop_pct=None)
+
+
 def config_input(config: Mapping[str, Any]) -> InputSpec:
     """The input that timm's pretrained configuration (or its absence: images in [0, 1] as they are) describes."""
     size = tuple(config.get("input_size") or (3, 224, 224))
