@@ -369,6 +369,22 @@ def test_bad_input_is_refused_before_anything_runs(api: FakeApi, words: tuple[st
     assert result.stdout == ""
 
 
+def test_an_interrupted_synthesis_says_how_to_go_on(
+    api: FakeApi, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from fastdfkd_cli.__main__ import main
+
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(sys.modules["fastdfkd_cli.api"], "synthesize", stopped)
+    assert main(["synthesize", "-t", "t", "-n", "4", "-o", "set"]) == 143
+    err = capfd.readouterr().err
+    assert err.startswith("fastdfkd: interrupted: stopped by SIGTERM; whole shards stay")
+    assert "--resume" in err
+    assert len(err.splitlines()) == 1
+
+
 # -- the error boundary, in processes of their own ---------------------------------------------------------------
 
 DRIVER = """

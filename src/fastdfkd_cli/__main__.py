@@ -95,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         signum = error.signum if isinstance(error, _Stopped) else signal.SIGINT
         name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-        print_error(f"stopped by {name}; unfinished output was removed.", kind="interrupted")
+        left = " ".join(getattr(error, "__notes__", ())) or "unfinished output was removed"
+        print_error(f"stopped by {name}; {left}.", kind="interrupted")
         return 128 + signum
     except InterruptedRunError as error:
         print_error(str(error), kind="interrupted")

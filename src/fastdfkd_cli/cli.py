@@ -437,7 +437,11 @@ def synthesize(
         if dry_run:
             plan = api.plan_synthesize(teacher, **request)
         else:
-            result = api.synthesize(teacher, **request)
+            try:
+                result = api.synthesize(teacher, **request)
+            except KeyboardInterrupt as stop:
+                stop.add_note("whole shards stay in the folder: the same command with --resume goes on")
+                raise
     if dry_run:
         _print_plan(plan, json)
     elif json:
