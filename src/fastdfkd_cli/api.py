@@ -271,6 +271,8 @@ def distill(
         judge = _open_judge(eval_data, eval_dataset, eval_split, job)
         given = _read_given(data_dir, job)
         stack.enter_context(deterministic_algorithms(job.config.deterministic))
+        if on_message is not None:
+            say(_cost(_plan(job, given), job.config))
         folder = stack.enter_context(StagedDirectory(output, overwrite)) if output is not None else None
         log = stack.enter_context(_RecordLog(folder / "metrics.jsonl" if folder else None, on_record))
         run, quality = _distil(job, given, say, log)
@@ -624,13 +626,7 @@ def plan_distill(
     assert job.student is not None
     _open_judge(eval_data, eval_dataset, eval_split, job)
     given = _read_given(data_dir, job)
-    plan = distillation_plan(
-        job.config,
-        job.machine.place(job.teacher),
-        job.machine.place(job.student),
-        pool_images=len(given.images) if given is not None else None,
-        **job.keywords(),
-    )
+    plan = _plan(job, given)
     return _with_names(plan, job, output)
 
 
@@ -679,6 +675,29 @@ def plan_synthesize(
     )
     plan["shards"] = -(-num_images // shard_size)
     return _with_names(plan, job, output)
+
+
+def _plan(job: _Job, given: SyntheticSet | None) -> dict[str, Any]:
+    assert job.student is not None
+    return distillation_plan(
+        job.config,
+        job.machine.place(job.teacher),
+        job.machine.place(job.student),
+        pool_images=len(given.images) if given is not None else None,
+        **job.keywords(),
+    )
+
+
+def _cost(plan: Mapping[str, Any], config: RunConfig) -> str:
+    """What a run is about to cost, in one line."""
+    seconds = plan["seconds"]["total"]
+    expected = f"about {seconds / 3600:.1f} hours" if seconds > 5400 else f"about {max(seconds, 1):.0f} seconds"
+    if config.schedule.time_budget is not None:
+        expected = f"a time budget of {config.schedule.time_budget:.0f} seconds"
+    return (
+        f"expecting {expected}: {plan['synthetic_images']:,} images in {plan['inner_steps']:,} synthesis steps, "
+        f"{plan['kd_steps']:,} KD steps, {plan['memory_bytes'] / 2**30:.1f} GiB of memory"
+    )
 
 
 def _with_names(plan: dict[str, Any], job: _Job, output: str | Path | None) -> dict[str, Any]:

@@ -73,11 +73,13 @@ def timed_steps(
     num_classes: int,
     device: torch.device,
     amp: bool,
+    synthesises: bool = True,
 ) -> dict[str, float]:
     """Time one synthesised batch and one KD step of ``config``.
 
     Args:
         teacher, student: images in [0, 1] -> logits; the student is copied, the teacher's hooks are taken off again.
+        synthesises: whether the run makes its images; grey stands in for images that are given.
 
     Returns:
         ``synthesis_batch`` and ``kd_step`` in seconds (0 without a student), ``memory`` in bytes: the growth while
@@ -94,21 +96,25 @@ def timed_steps(
     probe = replace(config, pool_size=0, synthesis=replace(synthesis, batch_size=batch, steps=steps))
     learner = copy.deepcopy(student) if student is not None else None
     before = _resident_memory(device)
-    method = build_method(
-        probe, teacher, image_size=image_size, num_classes=num_classes, device=device, amp=amp, seed=config.seed
-    )
-    try:
-        images = method.synthesize(learner).images  # warms up
-        began = time.perf_counter()
-        method.synthesize(learner)
-        synchronize(device)
-        synthesis_seconds = (time.perf_counter() - began) * synthesis.steps / steps * synthesis.batch_size / batch
-    except torch.cuda.OutOfMemoryError:
-        raise FastDFKDError(
-            f"The device has too little memory for a batch of {batch} images; lower synthesis.batch_size."
-        ) from None
-    finally:
-        method.close()
+    synthesis_seconds = 0.0
+    images = torch.full((kd_batch, *image_size), 128, dtype=torch.uint8, device=device)
+    if synthesises:
+        method = build_method(
+            probe, teacher, image_size=image_size, num_classes=num_classes, device=device, amp=amp, seed=config.seed
+        )
+        try:
+            images = method.synthesize(learner).images  # warms up
+            began = time.perf_counter()
+            method.synthesize(learner)
+            synchronize(device)
+            synthesis_seconds = time.perf_counter() - began
+        except torch.cuda.OutOfMemoryError:
+            raise FastDFKDError(
+                f"The device has too little memory for a batch of {batch} images; lower synthesis.batch_size."
+            ) from None
+        finally:
+            method.close()
+        synthesis_seconds *= synthesis.steps / steps * synthesis.batch_size / batch
     kd_seconds = 0.0
     if learner is not None:
         trained = Student(learner, distillation, device, amp)
@@ -146,12 +152,19 @@ def distillation_plan(
         pool_images: images of a set made earlier; None where the run synthesises its own.
     """
     before = _resident_memory(device)
+    synthesises = pool_images is None
     costs = timed_steps(
-        config, teacher, student, image_size=image_size, num_classes=num_classes, device=device, amp=amp
+        config,
+        teacher,
+        student,
+        image_size=image_size,
+        num_classes=num_classes,
+        device=device,
+        amp=amp,
+        synthesises=synthesises,
     )
     schedule = config.schedule
     bytes_per_image = image_size[0] * image_size[1] * image_size[2]
-    synthesises = pool_images is None
     batches = schedule.synthesis_rounds * schedule.batches_per_round if synthesises else 0
     kd_steps = config.kd_steps if synthesises else schedule.rounds * schedule.kd_steps_per_round
     synthesis_seconds = batches * costs["synthesis_batch"]
