@@ -8,7 +8,7 @@ work like for any timm model. On the command line the same networks are written 
 Sources: ResNet, He et al. 2016 (with the 3x3 stride-1 stem that CIFAR work uses); VGG, Simonyan & Zisserman
 2015 (with BatchNorm and a single linear classifier); wide ResNet, Zagoruyko & Komodakis 2016. The tensor names
 are the ones most public CIFAR checkpoints carry, so that such checkpoints load without renaming.
-All networks take ``[B, in_chans, H, W]`` of any size from 8x8 up, square or not, and return ``[B, num_classes]`` logits.
+All take ``[B, in_chans, H, W]`` of any size from 8x8 up, square or not, and return logits ``[B, num_classes]``.
 """
 
 from __future__ import annotations
