@@ -24,7 +24,7 @@ from fastdfkd_cli.bn_stats import batch_norm_layers
 from fastdfkd_cli.config import RunConfig, from_dict, to_dict
 from fastdfkd_cli.data import EvaluationData, open_evaluation_data
 from fastdfkd_cli.dataset import DatasetWriter, SyntheticSet, read_dataset
-from fastdfkd_cli.distillation import Distillation
+from fastdfkd_cli.distillation import DEFAULT_POOL_IMAGES, Distillation
 from fastdfkd_cli.errors import UsageError
 from fastdfkd_cli.export import export_student, verify_export, write_samples
 from fastdfkd_cli.methods import build_method
@@ -354,13 +354,14 @@ def _distil(
 def _bounded_pool(job: _Job, say: OnMessage) -> RunConfig:
     """Keep the pool to half of the free memory; the oldest images make room, and the user is told."""
     config = job.config
-    wanted = config.pool_size or config.synthetic_images
+    timed = config.schedule.time_budget is not None
+    wanted = config.pool_size or (DEFAULT_POOL_IMAGES if timed else config.synthetic_images)
     channels, height, width = job.size
     fits = available_memory(job.machine.device) // 2 // (channels * height * width)
     fits = max(fits, config.synthesis.batch_size)
-    if wanted <= fits or config.schedule.time_budget is not None:
+    if wanted <= fits:
         return config
-    say(f"the pool is kept to {fits} of {wanted} images, half of the free memory: the oldest make room for new ones")
+    say(f"the pool is kept to {fits:,} images, half of the free memory: the oldest make room for new ones")
     return replace(config, pool_size=fits)
 
 
