@@ -119,7 +119,8 @@ class FastMeta:
             for _ in range(config.steps):  # Lines 7 to 9, Eq. 6.
                 images, terms, total = self._inversion_loss(z, labels, student)
                 inner.zero_grad(set_to_none=True)
-                total.backward()
+                if total.requires_grad:  # without a student, an adversarial term alone leaves nothing to descend
+                    total.backward()
                 for accumulated, parameter in zip(gradient_sums, adapted, strict=False):
                     if parameter.grad is not None:
                         accumulated.add_(parameter.grad)
