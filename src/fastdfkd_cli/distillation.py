@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -190,6 +190,8 @@ class Distillation:
         schedule = config.schedule
         self.clock = Clock(schedule.time_budget, schedule.rounds, schedule.warmup_rounds, schedule.final_rounds)
         self._last_record = 0.0
+        self._batch_losses: dict[str, Tensor] = {}
+        self._step_figures: dict[str, Tensor | float] = {}
 
     def _new_pool(self, image_size: tuple[int, int, int]) -> ImagePool:
         timed = self.config.schedule.time_budget is not None
@@ -215,7 +217,11 @@ class Distillation:
             if distils:
                 yield from self._distil(round_index)
             round_index += 1
+        # Most figures are never read (see _record_is_due); the last ones are, so that nothing broken is handed out.
+        self._check_finite("synthesis", self.images_made, self._batch_losses)
+        record = self._distillation_record(rate=self.steps_taken / max(self.costs.distillation, 1e-9))
         self.student.finish()
+        yield record
 
     def _finished(self, round_index: int) -> bool:
         if self.clock.budget is not None:
@@ -237,9 +243,9 @@ class Distillation:
             seconds = time.perf_counter() - began
             self.costs.synthesis += seconds
             self.images_made += len(batch.images)
+            self._batch_losses = batch.losses
             if self._record_is_due():
-                values = {name: float(value) for name, value in batch.losses.items()}
-                self._check_finite("synthesis", self.images_made, values)
+                values = self._check_finite("synthesis", self.images_made, batch.losses)
                 total = None if self.clock.budget is not None else self.config.synthetic_images
                 rate = len(batch.images) / seconds
                 yield self._record("synthesis", self.images_made, total, rate=rate, values=values)
@@ -250,7 +256,7 @@ class Distillation:
         total = self._total_steps
         if self.clock.distillation_started is None:
             self.clock.distillation_started = self.clock.elapsed
-        began, steps_then = time.perf_counter(), self.steps_taken
+        began, steps_then, spent = time.perf_counter(), self.steps_taken, self.costs.distillation
         for _ in range(self.config.schedule.kd_steps_per_round):
             if self.clock.out_of_time and self.steps_taken:
                 break
@@ -259,14 +265,13 @@ class Distillation:
             images = to_float(augment(images, self.rng, config.augmentation))
             loss, agreement = self.student.learn(self.teacher, images, self.steps_taken)
             self.steps_taken += 1
+            self._step_figures = {"loss": loss, "agreement": agreement, "lr": lr}
             if self._record_is_due():
-                values = {"loss": float(loss), "agreement": float(agreement), "lr": lr}
-                self._check_finite("distillation", self.steps_taken, values)
-                rate = (self.steps_taken - steps_then) / (time.perf_counter() - began)
-                end = None if self.clock.budget is not None else total
-                yield self._record("distillation", self.steps_taken, end, rate=rate, values=values)
+                seconds = time.perf_counter() - began
+                self.costs.distillation = spent + seconds  # a round can take minutes, and progress is weighed by cost
+                yield self._distillation_record(rate=(self.steps_taken - steps_then) / seconds)
         synchronize(self.device)
-        self.costs.distillation += time.perf_counter() - began
+        self.costs.distillation = spent + time.perf_counter() - began
 
     @property
     def _total_steps(self) -> int:
@@ -311,6 +316,11 @@ class Distillation:
         self._last_record = now
         return True
 
+    def _distillation_record(self, *, rate: float) -> Record:
+        values = self._check_finite("distillation", self.steps_taken, self._step_figures)
+        total = None if self.clock.budget is not None else self._total_steps
+        return self._record("distillation", self.steps_taken, total, rate=rate, values=values)
+
     def _record(self, phase: Phase, step: int, total: int | None, *, rate: float, values: dict[str, float]) -> Record:
         progress = self._progress()
         elapsed = self.clock.elapsed
@@ -346,7 +356,9 @@ class Distillation:
         return min((per_image * self.images_made + per_step * self.steps_taken) / whole, 1.0)
 
     @staticmethod
-    def _check_finite(phase: str, step: int, values: dict[str, float]) -> None:
+    def _check_finite(phase: str, step: int, figures: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Read figures off the device, and refuse those that stopped being numbers."""
+        values = {name: float(value) for name, value in figures.items()}
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
             section = "synthesis.lr_generator" if phase == "synthesis" else "distillation.lr"
@@ -355,6 +367,7 @@ class Distillation:
                 f"The {phase} loss stopped being finite at {unit} {step} ({', '.join(broken)}); nothing was "
                 f"exported. Lower {section}, or use --no-amp."
             )
+        return values
 
 
 __all__ = ["DEFAULT_POOL_IMAGES", "Clock", "Costs", "Distillation", "Student"]

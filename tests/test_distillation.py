@@ -1,0 +1,380 @@
+"""The engine of `distill`: schedules, budgets, what it changes and what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdfkd_cli import distillation
+from fastdfkd_cli.config import DistillationConfig, RunConfig
+from fastdfkd_cli.distillation import Distillation, Student
+from fastdfkd_cli.errors import FastDFKDError
+from fastdfkd_cli.losses import distillation as kd_loss
+from fastdfkd_cli.methods import SyntheticBatch, build_method
+from fastdfkd_cli.pool import ImagePool
+from tiny import CLASSES, SIZE, assert_same_state, config, net, state_of, teacher
+
+CPU = torch.device("cpu")
+
+
+class Noise:
+    """Stands where a method stands, and notes what it is asked for."""
+
+    def __init__(self, batch_size: int = 4, seconds: float = 0.0, loss: float = 1.0) -> None:
+        self.batch_size, self.seconds, self.loss = batch_size, seconds, loss
+        self.rng = torch.Generator().manual_seed(0)
+        self.calls: list[str] = []
+
+    def synthesize(self, student: nn.Module | None = None) -> SyntheticBatch:
+        self.calls.append("warm-up" if student is None else "student")
+        time.sleep(self.seconds)
+        images = torch.randint(0, 256, (self.batch_size, *SIZE), dtype=torch.uint8, generator=self.rng)
+        labels = torch.randint(CLASSES, (self.batch_size,), generator=self.rng)
+        return SyntheticBatch(images, labels, {"feature": torch.tensor(self.loss), "total": torch.tensor(2.0)})
+
+    def renew(self) -> None:
+        self.calls.append("renew")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        raise AssertionError("nobody asked for it")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def engine(settings: RunConfig, *, student: nn.Module | None = None, **keywords: Any) -> Distillation:
+    keywords = {"synthesizer": Noise(settings.synthesis.batch_size), "amp": False, **keywords}
+    return Distillation(settings, teacher(), student or net(1), image_size=SIZE, device=CPU, **keywords)
+
+
+def rates_of(run: Distillation) -> list[float]:
+    """Every learning rate that a run will set, as it sets it."""
+    rates: list[float] = []
+    setter = run.student.set_learning_rate
+    run.student.set_learning_rate = lambda done: (rates.append(setter(done)), rates[-1])[1]  # type: ignore[method-assign]
+    return rates
+
+
+@pytest.fixture
+def every_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "RECORD_EVERY", 0.0)
+
+
+# What it leaves alone
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_teacher_stays_as_it_is_and_the_student_learns(amp: bool) -> None:
+    settings = config()
+    model, student = teacher(), net(1)
+    before, weights = state_of(model), {k: v.clone() for k, v in student.state_dict().items()}
+    method = build_method(settings, model, image_size=SIZE, num_classes=CLASSES, device=CPU, amp=amp)
+    run = Distillation(settings, model, student, synthesizer=method, image_size=SIZE, device=CPU, amp=amp)
+    list(run)
+    method.close()
+    assert_same_state(before, state_of(model))
+    assert run.student.net is student
+    assert not student.training
+    assert all(not torch.equal(weights[name], value) for name, value in student.state_dict().items())
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in student.parameters())
+
+
+def test_a_run_needs_images_from_somewhere() -> None:
+    for pool in (None, ImagePool(SIZE, 4, CPU)):
+        with pytest.raises(ValueError, match="needs a synthesizer or a pool"):
+            engine(config(), synthesizer=None, pool=pool)
+
+
+# How long it goes on
+
+
+@pytest.mark.parametrize(
+    ("schedule", "images", "steps"),
+    [
+        ({"rounds": 5, "warmup_rounds": 2, "kd_steps_per_round": 3}, 20, 9),
+        ({"rounds": 5, "warmup_rounds": 0, "kd_steps_per_round": 2, "batches_per_round": 3}, 60, 10),
+        ({"rounds": 6, "warmup_rounds": 1, "kd_steps_per_round": 2, "final_rounds": 3}, 12, 10),
+        ({"rounds": 1, "warmup_rounds": 0, "kd_steps_per_round": 1}, 4, 1),
+    ],
+)
+@pytest.mark.usefixtures("every_record")
+def test_a_budget_of_rounds_is_kept_exactly(schedule: dict[str, int], images: int, steps: int) -> None:
+    settings = config(**{f"schedule__{name}": value for name, value in schedule.items()})
+    run = engine(settings)
+    records = list(run)
+    assert (run.images_made, run.steps_taken) == (images, steps)
+    assert (settings.synthetic_images, settings.kd_steps) == (images, steps)
+    assert len(run.pool) == images
+    last = {record.phase: record for record in records}
+    assert (last["synthesis"].step, last["synthesis"].total) == (images, images)
+    assert (last["distillation"].step, last["distillation"].total) == (steps, steps)
+    assert records[-1].progress == 1
+    assert records[-1].remaining == pytest.approx(0, abs=1e-6)
+    assert run.costs.synthesis > 0
+    assert run.costs.distillation > 0
+
+
+def test_rounds_interleave_and_the_adversarial_term_waits_for_the_student() -> None:
+    settings = config(
+        schedule__rounds=6, schedule__warmup_rounds=2, schedule__final_rounds=1, synthesis__generator_reset_after=2
+    )
+    method = Noise()
+    list(engine(settings, synthesizer=method))
+    # Renewal: two rounds after the warm-up; the last round only distils.
+    assert method.calls == ["warm-up", "warm-up", "student", "student", "renew", "student"]
+
+
+def test_without_a_synthesizer_all_rounds_distil_on_the_pool() -> None:
+    settings = config(schedule__rounds=4, schedule__warmup_rounds=2, schedule__kd_steps_per_round=3)
+    pool = ImagePool(SIZE, 6, CPU)
+    pool.add(torch.randint(0, 256, (6, *SIZE), dtype=torch.uint8), torch.zeros(6, dtype=torch.int64))
+    run = engine(settings, synthesizer=None, pool=pool)
+    records = list(run)
+    assert run.steps_taken == 12
+    assert run.images_made == 0
+    assert {record.phase for record in records} == {"distillation"}
+    assert records[-1].progress == 1
+
+
+def test_the_pool_can_be_smaller_than_the_run() -> None:
+    run = engine(config(pool_size=6))
+    list(run)
+    assert (run.images_made, len(run.pool)) == (16, 6)
+
+
+@pytest.mark.usefixtures("every_record")
+def test_records_count_up() -> None:
+    records = list(engine(config(schedule__rounds=6)))
+    for phase in ("synthesis", "distillation"):
+        steps = [record.step for record in records if record.phase == phase]
+        assert steps == sorted(steps)
+        assert len(set(steps)) >= 5
+    assert all(a.elapsed <= b.elapsed for a, b in itertools.pairwise(records))
+    assert all(0 <= record.progress <= 1 for record in records)
+    assert all(record.rate is not None and record.rate > 0 for record in records)
+    first = next(record for record in records if record.phase == "distillation")
+    assert set(first.values) == {"loss", "agreement", "lr"}
+    assert all(isinstance(value, float) for record in records for value in record.values.values())
+
+
+def test_a_short_run_still_says_how_it_ended() -> None:
+    # Figures are read once a second at most; the last ones are always.
+    run = engine(config())
+    last = list(run)[-1]
+    assert (last.phase, last.step, last.progress) == ("distillation", 9, 1.0)
+    assert math.isfinite(last.values["loss"])
+
+
+# The clock
+
+
+@pytest.mark.parametrize("final_rounds", [0, 2])
+def test_a_time_budget_is_kept_and_its_cosine_reaches_the_end(final_rounds: int) -> None:
+    settings = config(
+        schedule__time_budget=1.2, schedule__rounds=10, schedule__warmup_rounds=2, schedule__final_rounds=final_rounds
+    )
+    method = Noise(seconds=0.02)
+    run = engine(settings, synthesizer=method)
+    rates = rates_of(run)
+    began = time.perf_counter()
+    records = list(run)
+    assert 1.2 <= time.perf_counter() - began < 3  # over by one KD step, and what a busy machine makes of it
+    assert records[-1].progress == 1
+    assert records[-1].remaining == 0
+    assert all(record.total is None for record in records)
+    assert rates[0] == pytest.approx(0.05, rel=0.05)
+    assert rates[-1] < 0.1 * 0.05
+    assert run.steps_taken == len(rates) > 10
+    kinds = [kind for kind in method.calls if kind != "renew"]
+    # Warm-up first, and about as large a share as in the rounds (the number of rounds is an estimate).
+    assert kinds == sorted(kinds, reverse=True)
+    assert 0.02 < kinds.count("warm-up") / len(kinds) < 0.6
+
+
+def test_final_rounds_under_a_time_budget_end_synthesis_early() -> None:
+    def images(final_rounds: int) -> int:
+        settings = config(schedule__time_budget=0.8, schedule__rounds=10, schedule__final_rounds=final_rounds)
+        run = engine(settings, synthesizer=Noise(seconds=0.02))
+        list(run)
+        return run.images_made
+
+    assert images(8) < 0.7 * images(0)
+
+
+def test_a_time_budget_for_given_images() -> None:
+    pool = ImagePool(SIZE, 4, CPU)
+    pool.add(torch.randint(0, 256, (4, *SIZE), dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    run = engine(config(schedule__time_budget=0.5), synthesizer=None, pool=pool)
+    rates = rates_of(run)
+    list(run)
+    assert run.steps_taken > 10
+    assert rates[-1] < 0.1 * 0.05
+    assert run.clock.elapsed < 2
+
+
+def test_a_budget_too_short_for_anything_still_takes_a_step() -> None:
+    run = engine(config(schedule__time_budget=1e-3))
+    list(run)
+    assert run.steps_taken >= 1
+    assert run.images_made >= 4
+
+
+def test_timing_a_step_leaves_the_student_alone() -> None:
+    run = engine(config())
+    run.pool.add(torch.zeros(4, *SIZE, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    before, state = state_of(run.student.net), run.rng.get_state()
+    assert run.time_kd_step() > 0
+    assert_same_state(before, state_of(run.student.net))
+    assert torch.equal(run.rng.get_state(), state)
+
+
+# How the student learns
+
+
+def test_the_cosine_and_its_warm_up() -> None:
+    student = Student(net(), DistillationConfig(lr=0.2, lr_min=2e-4), CPU, False)
+    assert student.set_learning_rate(0) == pytest.approx(0.2)
+    assert student.set_learning_rate(0.5) == pytest.approx((0.2 + 2e-4) / 2)
+    assert student.set_learning_rate(1) == pytest.approx(2e-4)
+    assert student.optimizer.param_groups[0]["lr"] == pytest.approx(2e-4)
+    warmed = Student(net(), DistillationConfig(lr=0.2, lr_min=0, lr_warmup=0.1), CPU, False)
+    assert 0 < warmed.set_learning_rate(0) <= 0.002
+    assert warmed.set_learning_rate(0.05) == pytest.approx(0.1)
+    assert warmed.set_learning_rate(0.1) == pytest.approx(0.2)
+    assert warmed.set_learning_rate(0.55) == pytest.approx(0.1)
+    assert warmed.set_learning_rate(1) == pytest.approx(0)
+
+
+def test_a_run_follows_the_cosine_to_its_end() -> None:
+    run = engine(config(schedule__rounds=11, schedule__kd_steps_per_round=10, distillation__lr_min=1e-3))
+    rates = rates_of(run)
+    list(run)
+    expected = [1e-3 + (0.05 - 1e-3) * (1 + math.cos(math.pi * step / 100)) / 2 for step in range(100)]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_kd_step_is_sgd_on_equation_12(nesterov: bool) -> None:
+    settings = DistillationConfig(lr=0.1, momentum=0.8, nesterov=nesterov, weight_decay=0.01, temperature=4)
+    model, ours, theirs = teacher(), net(1), net(1).train()
+    student = Student(ours, settings, CPU, False)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.8, nesterov=nesterov, weight_decay=0.01)
+    for step in range(3):
+        images = torch.rand(4, *SIZE, generator=torch.Generator().manual_seed(step))
+        loss, agreement = student.learn(model, images, step)
+        with torch.no_grad():
+            wanted = model(images)
+        found = theirs(images)
+        expected = kd_loss(wanted, found, 4)
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert not loss.requires_grad
+        assert agreement.item() == (wanted.argmax(1) == found.argmax(1)).float().mean().item()
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6), name
+
+
+def test_the_average_is_what_is_exported() -> None:
+    run = engine(config(distillation__average="ema", distillation__average_decay=0.9))
+    steps: list[dict[str, Tensor]] = []
+    learn = run.student.learn
+
+    def noted(*arguments: Any) -> Any:
+        result = learn(*arguments)
+        steps.append(copy.deepcopy(run.student.net.state_dict()))
+        return result
+
+    run.student.learn = noted  # type: ignore[method-assign]
+    list(run)
+    final = run.student.net.state_dict()
+    assert not torch.equal(final["conv1.weight"], steps[-1]["conv1.weight"])
+    # Between all the weights that were taken, and their running statistics with them.
+    for name in ("conv1.weight", "bn1.running_mean", "bn2.running_var"):
+        stacked = torch.stack([step[name] for step in steps])
+        first = net(1).state_dict()[name]
+        low, high = torch.minimum(stacked.amin(0), first), torch.maximum(stacked.amax(0), first)
+        assert ((final[name] >= low - 1e-6) & (final[name] <= high + 1e-6)).all()
+    plain = engine(config())
+    list(plain)
+    assert torch.equal(plain.student.net.state_dict()["conv1.weight"], steps[-1]["conv1.weight"])
+
+
+def test_what_the_student_sees_is_augmented(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    run = engine(config(distillation__augmentation="crop", schedule__rounds=2))
+    model, learn = run.teacher, run.student.learn
+    run.student.learn = lambda t, images, step: (seen.append(images), learn(t, images, step))[1]  # type: ignore[method-assign]
+    list(run)
+    assert model is run.teacher
+    pool = run.pool.images.float() / 255
+    images = torch.cat(seen)
+    assert images.dtype == torch.float32
+    untouched = (images[:, None] == pool[None]).flatten(2).all(2).any(1)
+    assert not untouched.all()
+
+
+# What goes wrong
+
+
+def test_a_kd_loss_that_is_not_finite_ends_the_run() -> None:
+    student = net(1)
+    with torch.no_grad():
+        student.fc.bias.fill_(torch.nan)
+    with pytest.raises(FastDFKDError, match=r"distillation loss stopped being finite at step \d+ \(loss\)") as caught:
+        list(engine(config(), student=student))
+    assert "distillation.lr" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_synthesis_loss_that_is_not_finite_ends_the_run_and_is_named(loss: float) -> None:
+    with pytest.raises(FastDFKDError, match=r"synthesis loss stopped being finite at image 4 \(feature\)") as caught:
+        list(engine(config(), synthesizer=Noise(loss=loss)))
+    assert "synthesis.lr_generator" in str(caught.value)
+
+
+def test_a_synthesis_loss_that_breaks_between_two_records_is_found_at_the_end() -> None:
+    class Breaks(Noise):
+        def synthesize(self, student: nn.Module | None = None) -> SyntheticBatch:
+            self.loss = 1.0 if not self.calls else math.nan
+            return super().synthesize(student)
+
+    with pytest.raises(FastDFKDError, match=r"synthesis loss stopped being finite .*\(feature\)"):
+        list(engine(config(), synthesizer=Breaks()))
+
+
+@pytest.mark.parametrize("name", ["conv2.weight", "bn1.running_var"])
+def test_weights_that_are_not_finite_are_not_handed_out(name: str) -> None:
+    student = Student(net(1), DistillationConfig(), CPU, False)
+    with torch.no_grad():
+        student.net.state_dict()[name].view(-1)[0] = torch.inf
+    with pytest.raises(FastDFKDError, match=f"student's {name} is not finite"):
+        student.finish()
+
+
+def test_a_student_that_diverges_is_refused() -> None:
+    with pytest.raises(FastDFKDError, match="not finite|stopped being finite"):
+        list(engine(config(distillation__lr=1e30, schedule__rounds=8)))
+
+
+@pytest.mark.usefixtures("every_record")
+def test_progress_knows_the_cost_of_a_step_within_the_first_round() -> None:
+    # One warm-up round, then one long round of slow steps: it is those that the bar has to count.
+    run = engine(config(schedule__rounds=2, schedule__kd_steps_per_round=10))
+    learn = run.student.learn
+    run.student.learn = lambda *arguments: (time.sleep(0.02), learn(*arguments))[1]  # type: ignore[method-assign]
+    found = {record.step: record.progress for record in run if record.phase == "distillation"}
+    assert found[1] < 0.4
+    assert 0.3 < found[5] < 0.7
