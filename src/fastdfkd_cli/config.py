@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -95,7 +95,8 @@ class SynthesisConfig:
     adversarial: Adversarial = "agreement-kl"
     #: Softening of both outputs in the adversarial term.
     adversarial_temperature: float = 1.0
-    #: Which of the k iterates is kept: the one with the lowest loss, or the last.
+    #: Which images are kept: the iterate with the lowest loss (published runs), or G(z; theta) behind the last step
+    #: (Algorithm 1, line 10).
     keep: Keep = "best"
     #: What stands between an image and the teacher.
     augmentation: Augmentation = "crop-flip"
@@ -319,10 +320,11 @@ def with_overrides(config: RunConfig, assignments: Mapping[str, str]) -> RunConf
     Raises:
         UsageError: as :func:`from_dict`.
     """
-    return _apply(config, {_full_key(key): _parse(value) for key, value in assignments.items()})
+    return _apply(config, {full_key(key): parse_value(value) for key, value in assignments.items()})
 
 
-def _parse(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """Return what a command line's value means: a JSON value, ``none``, or the text itself."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -330,7 +332,12 @@ def _parse(text: str) -> Any:
         return {"none": None, "true": True, "false": False}.get(lowered, text)
 
 
-def _full_key(key: str) -> str:
+def full_key(key: str) -> str:
+    """Return the dotted key of ``key``, which may leave its section out where that is unambiguous.
+
+    Raises:
+        UsageError: unknown (with the nearest ones) or ambiguous.
+    """
     known = list(field_names())
     if key in known:
         return key
@@ -377,8 +384,9 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
     for option in options:
         if typing.get_origin(option) is Literal:
             choices = typing.get_args(option)
-            if value in choices:
-                return value
+            chosen = "none" if value is None else value  # as YAML, JSON and the command line may write it
+            if chosen in choices:
+                return chosen
             nearest = did_you_mean(str(value), choices)
             raise UsageError(f"{key} must be one of {', '.join(choices)}, not {value!r}.{nearest}")
         if option is bool and isinstance(value, bool):
@@ -386,9 +394,10 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
         if option is str and isinstance(value, str):
             return value
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if option is float and is_number and math.isfinite(value):
+        # Compared, not converted: a whole number may be larger than any float.
+        if option is float and is_number and abs(value) <= sys.float_info.max:
             return float(value)
-        if option is int and is_number and value == int(value):
+        if option is int and is_number and (isinstance(value, int) or value.is_integer()):
             return int(value)
     names = " or ".join(
         {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "none"}[
@@ -407,6 +416,8 @@ __all__ = [
     "SynthesisConfig",
     "field_names",
     "from_dict",
+    "full_key",
+    "parse_value",
     "to_dict",
     "with_overrides",
 ]

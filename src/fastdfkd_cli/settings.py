@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastdfkd_cli.config import _full_key, _parse, from_dict
+from fastdfkd_cli.config import from_dict, full_key, parse_value
 from fastdfkd_cli.errors import UsageError
 
 _DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s?)?", re.I)
@@ -91,10 +91,10 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         key, equals, value = assignment.partition("=")
         if not equals or not key.strip():
             raise UsageError(f"--set takes key=value, such as synthesis.steps=2, not {assignment!r}.")
-        full = _full_key(key.strip())
+        full = full_key(key.strip())
         if full == "recipe":
             raise UsageError("--set puts settings on a recipe; choose the recipe itself with --recipe NAME.")
-        settings[full] = _plain(full, _parse(value.strip()))
+        settings[full] = _plain(full, parse_value(value.strip()))
         if value.strip().lower() == "none" and _is_choice(full, "none"):
             settings[full] = "none"  # a word here (synthesis.reuse=none), and "unset" elsewhere
     return settings
@@ -133,7 +133,7 @@ def read_config(source: str) -> tuple[str | None, dict[str, Any]]:
     for key, value in content.items():
         section = value if isinstance(value, Mapping) else None
         for full, item in [(str(key), value)] if section is None else [(f"{key}.{k}", v) for k, v in section.items()]:
-            known = _full_key(full)
+            known = full_key(full)
             settings[known] = _plain(known, item)
     recipe = settings.pop("recipe", None)
     if recipe is not None and not isinstance(recipe, str):
