@@ -1,0 +1,137 @@
+"""What a run will cost, against numbers counted by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdfkd_cli import plan
+from fastdfkd_cli.config import RunConfig
+from fastdfkd_cli.plan import distillation_plan, model_size, synthesis_plan, timed_steps
+from tiny import CLASSES, SIZE, assert_same_state, config, net, state_of, teacher
+
+CPU = torch.device("cpu")
+KEYWORDS: dict[str, Any] = {"image_size": SIZE, "num_classes": CLASSES, "device": CPU, "amp": False}
+#: tiny.TinyNet on 3x8x8: weights of two convolutions, two BatchNorms and a linear layer.
+PARAMETERS = 4 * 3 * 9 + 8 * 4 * 9 + 2 * 4 + 2 * 8 + (8 * 4 + 4)
+#: Multiplications and additions: 4 channels at 8x8, 8 channels at 4x4, and the classifier.
+FLOPS = 2 * (4 * 3 * 9 * 64 + 8 * 4 * 9 * 16 + 8 * 4)
+
+
+def test_parameters_and_flops_counted_by_hand() -> None:
+    found = model_size(net(), SIZE)
+    assert (found.parameters, found.flops) == (PARAMETERS, FLOPS) == (456, 23104)
+    assert model_size(net(), (3, 16, 16)).flops == FLOPS + 3 * 2 * (4 * 3 * 9 * 64 + 8 * 4 * 9 * 16)
+
+
+def test_a_model_that_looks_at_values_is_counted_as_far_as_possible() -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3 * 64, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.flatten(1)) if float(x.sum()) > 0 else self.fc(-x.flatten(1))
+
+    found = model_size(Looks(), SIZE)
+    assert (found.parameters, found.flops) == (3 * 64 * 5 + 5, None)
+
+
+def test_counting_changes_nothing() -> None:
+    model = net()
+    before = state_of(model)
+    model_size(model, SIZE)
+    assert_same_state(before, state_of(model))
+    assert next(model.parameters()).device == CPU
+
+
+def distils(settings: RunConfig, **keywords: Any) -> dict[str, Any]:
+    return distillation_plan(settings, teacher(), net(1), **KEYWORDS, **keywords)
+
+
+def test_the_plan_of_distill() -> None:
+    settings = config(
+        schedule__rounds=7, schedule__warmup_rounds=2, schedule__final_rounds=1, schedule__batches_per_round=2
+    )
+    found = distils(settings)
+    assert found["teacher"] == found["student"] == {"parameters": PARAMETERS, "flops": FLOPS}
+    assert found["synthetic_images"] == 6 * 2 * 4 == settings.synthetic_images
+    assert found["inner_steps"] == 6 * 2 * 2
+    assert found["kd_steps"] == 5 * 3 == settings.kd_steps
+    assert found["pool_bytes"] == 48 * 3 * 8 * 8
+    assert found["disk_bytes"] > 4 * PARAMETERS
+    assert found["memory_bytes"] > found["pool_bytes"]
+    seconds = found["seconds"]
+    assert seconds["synthesis"] == pytest.approx(12 * seconds["synthesis_batch"], abs=0.06)
+    assert seconds["distillation"] == pytest.approx(15 * seconds["kd_step"], abs=0.06)
+    assert seconds["total"] == pytest.approx(seconds["synthesis"] + seconds["distillation"], abs=0.11)
+    assert seconds["synthesis_batch"] > 0
+    assert seconds["kd_step"] > 0
+
+
+def test_a_bounded_pool_is_all_that_is_kept() -> None:
+    assert distils(config(pool_size=5))["pool_bytes"] == 5 * 3 * 64
+
+
+def test_a_plan_for_given_images_has_no_synthesis() -> None:
+    found = distils(config(schedule__rounds=5, schedule__warmup_rounds=2), pool_images=30)
+    assert found["synthetic_images"] == 30
+    assert found["inner_steps"] == 0
+    assert found["seconds"]["synthesis"] == 0
+    assert found["kd_steps"] == 5 * 3  # as there is nothing to warm up, all rounds distil
+    assert found["pool_bytes"] == 30 * 3 * 64
+
+
+def test_a_time_budget_is_filled_with_the_same_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {"synthesis_batch": 0.5, "kd_step": 0.1, "memory": 0.0}
+    monkeypatch.setattr(plan, "timed_steps", lambda *_, **__: costs)
+    # 4 batches and 9 steps take 2.9 seconds; ten times that is 40 batches and 90 steps.
+    found = distils(config(schedule__time_budget=29))
+    assert found["synthetic_images"] == pytest.approx(160, abs=1)
+    assert found["kd_steps"] == pytest.approx(90, abs=1)
+    assert found["seconds"]["total"] == 29
+    assert found["seconds"]["synthesis"] == 20
+
+
+def test_seconds_and_memory_are_scaled_from_the_timed_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    # At most two images of 8x8 in the timed steps, of a batch of 64 in 50 inner steps.
+    monkeypatch.setattr(plan, "TIMED_PIXELS", 128)
+    asked = []
+    build = plan.build_method
+    monkeypatch.setattr(plan, "build_method", lambda c, *a, **k: (asked.append(c.synthesis), build(c, *a, **k))[1])
+    settings = config(synthesis__batch_size=64, synthesis__steps=50, pool_size=64)
+    found = timed_steps(settings, teacher(), net(1), **KEYWORDS)
+    assert (asked[0].batch_size, asked[0].steps) == (2, 2)
+    assert found["synthesis_batch"] > 0
+    monkeypatch.setattr(plan.time, "perf_counter", iter(range(100)).__next__)
+    scaled = timed_steps(settings, teacher(), net(1), **KEYWORDS)
+    assert scaled["synthesis_batch"] == 1 * 25 * 32  # one second by this clock, of 2 of 50 steps, of 2 of 64 images
+    assert scaled["kd_step"] == 2  # one second, of 2 of 4 images
+
+
+def test_the_plan_of_synthesize() -> None:
+    found = synthesis_plan(config(), teacher(), num_images=50, burn_in=3, **KEYWORDS)
+    assert found["teacher"] == {"parameters": PARAMETERS, "flops": FLOPS}
+    assert found["synthetic_images"] == 50
+    assert found["burn_in_batches"] == 3
+    assert found["inner_steps"] == (3 + 13) * 2
+    assert found["disk_bytes"] == 50 * (3 * 64 + 4 * CLASSES)
+    assert found["seconds"]["total"] == pytest.approx(16 * found["seconds"]["synthesis_batch"], abs=0.06)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_plan_leaves_both_models_as_they_are(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, student = teacher(), net(1)
+    before = state_of(model), state_of(student)
+    if broken:
+        monkeypatch.setattr(plan, "to_float", lambda _: torch.zeros(1, 99, 2, 2))
+        with pytest.raises(RuntimeError):
+            distillation_plan(config(), model, student, **KEYWORDS)
+    else:
+        distillation_plan(config(), model, student, **KEYWORDS)
+        synthesis_plan(config(), model, num_images=5, burn_in=0, **KEYWORDS)
+    assert_same_state(before[0], state_of(model))
+    assert_same_state(before[1], state_of(student))
