@@ -151,7 +151,7 @@ def test_distill_hands_every_option_on(api: FakeApi) -> None:
             "synthesis.steps": 2,
             "seed": 5,
             "deterministic": True,
-            "schedule.rounds": 7,
+            "rounds": 7,
         },
         "data_dir": "set",
         "output": Path("out"),
@@ -169,7 +169,7 @@ def test_distill_hands_every_option_on(api: FakeApi) -> None:
     [
         (("--images", "5000"), "images", 5000),
         (("--time-budget", "1h30m"), "schedule.time_budget", 5400.0),
-        (("--rounds", "3"), "schedule.rounds", 3),
+        (("--rounds", "3"), "rounds", 3),
     ],
 )
 def test_budgets(api: FakeApi, words: tuple[str, ...], key: str, value: float) -> None:

@@ -338,7 +338,8 @@ def test_the_kept_iterate(keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
     best = min(range(6), key=totals.__getitem__)
     assert best not in (0, 5)
     images, terms, _ = iterates[best if keep == "best" else 5]
-    assert torch.equal(batch.images, to_uint8(images))
+    # Algorithm 1, line 10: the last images are those behind the last update, which no loss has seen.
+    assert torch.equal(batch.images, to_uint8(images)) == (keep == "best")
     assert not torch.equal(batch.images, to_uint8(iterates[5 if keep == "best" else best][0]))
     assert set(batch.losses) == {"feature", "class", "total"}
     assert all(torch.equal(batch.losses[name], terms[name].detach()) for name in terms)

@@ -201,6 +201,12 @@ def test_nan_weights_are_refused(tmp_path: Path) -> None:
     fails(UnavailableError, "NaN or infinite values in fc.bias", str(tmp_path / "x.safetensors"))
 
 
+@pytest.mark.parametrize("code", ["os:getcwd", "nets.py:factory"])
+def test_a_file_cannot_choose_the_code_that_runs(code: str, tmp_path: Path) -> None:
+    save_file(net().state_dict(), tmp_path / "x.safetensors", metadata={"architecture": code})
+    fails(UsageError, f"names code .{code}. as its network, which a file may not do", str(tmp_path / "x.safetensors"))
+
+
 def test_a_file_that_says_nothing(tmp_path: Path) -> None:
     torch.save(net().state_dict(), tmp_path / "x.pth")
     fails(UsageError, "give --teacher-arch NAME", str(tmp_path / "x.pth"))

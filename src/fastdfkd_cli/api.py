@@ -129,6 +129,7 @@ def _prepare(
     say: OnMessage,
     *,
     trains: bool,
+    given: bool = False,
 ) -> _Job:
     """Load and check everything that can be wrong before any work is done."""
     if config is None and recipe != "auto":
@@ -144,7 +145,8 @@ def _prepare(
     settings = config if config is not None else get_recipe(recipe).config(loaded.input.size)
     settings = _override(settings, overrides or {})
     say(f"recipe {settings.recipe}, seed {settings.seed}")
-    _check_teacher(settings, loaded)
+    if not given or settings.quality_images:
+        _check_teacher(settings, loaded)
     pupil = None
     if student is not None:
         with torch.random.fork_rng(devices=[]):
@@ -166,39 +168,55 @@ def _opponent(student: Model, options: ModelOptions, teacher: LoadedModel) -> Lo
 
 
 def _override(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
-    """Put settings on a recipe. ``images`` stands for the rounds that make so many; a new number of rounds keeps
-    the shares of the warm-up, of the final rounds and of the generator's renewal."""
-    plain = dict(overrides)
-    images = plain.pop("images", None)
-    if images is not None and "schedule.rounds" in plain:
-        raise UsageError("images and schedule.rounds set the same budget: give one of them.")
-    rounds = plain.pop("schedule.rounds", None)
-    before = config.schedule.rounds
-    stated = {key for key in plain if key.startswith("schedule.") or key == "synthesis.generator_reset_after"}
-    config = from_dict(plain, base=config)
+    """Put settings on a recipe, then a budget: ``rounds``, or ``images`` for the rounds that make so many."""
+    settings = dict(overrides)
+    images, rounds = settings.pop("images", None), settings.pop("rounds", None)
+    before = config
+    config = from_dict({k: v for k, v in settings.items() if k != "schedule.rounds"}, base=_loose(config, settings))
+    if "schedule.rounds" in settings:
+        config = _with_rounds(config, settings["schedule.rounds"], before, stated=settings)
+    if images is not None and rounds is not None:
+        raise UsageError("images and rounds set the same budget: give one of them.")
     if images is not None:
         if isinstance(images, bool) or not isinstance(images, int | float) or images < 1:
             raise UsageError(f"images must be 1 or more, not {images!r}.")
         per_round = config.synthesis.batch_size * config.schedule.batches_per_round
-        final_share = config.schedule.final_rounds / before
-        rounds = max(round(images / per_round / (1 - final_share)), 1)
-    if rounds is None:
+        share = config.schedule.synthesis_rounds / config.schedule.rounds
+        rounds = max(round(images / per_round / share), 1)
+    return config if rounds is None else _with_rounds(config, rounds, config, stated={})
+
+
+def _loose(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """Room for ``settings`` that are only consistent with the number of rounds that comes with them."""
+    if "schedule.rounds" not in settings:
         return config
+    return from_dict({"schedule.rounds": 2**31, "schedule.warmup_rounds": 0, "schedule.final_rounds": 0}, base=config)
+
+
+def _with_rounds(config: RunConfig, rounds: Any, before: RunConfig, stated: Mapping[str, Any]) -> RunConfig:
+    """Another number of rounds: warm-up, final rounds and renewal keep the shares they had in ``before``, unless
+    they are stated themselves."""
+    values = {
+        "schedule.warmup_rounds": (config.schedule.warmup_rounds, before.schedule.warmup_rounds),
+        "schedule.final_rounds": (config.schedule.final_rounds, before.schedule.final_rounds),
+        "synthesis.generator_reset_after": (
+            config.synthesis.generator_reset_after,
+            before.synthesis.generator_reset_after,
+        ),
+    }
     # Checked as any other value, before it is used as a number.
     probe = {"schedule.rounds": rounds, "schedule.warmup_rounds": 0, "schedule.final_rounds": 0}
-    rounds = from_dict(probe, base=config).schedule.rounds
-    scaled: dict[str, Any] = {"schedule.rounds": rounds}
-    for key, value in (
-        ("schedule.warmup_rounds", config.schedule.warmup_rounds),
-        ("schedule.final_rounds", config.schedule.final_rounds),
-        ("synthesis.generator_reset_after", config.synthesis.generator_reset_after),
-    ):
-        if key not in stated:
-            scaled[key] = value * rounds // before
-    return from_dict(scaled, base=config)
+    count = from_dict(probe, base=config).schedule.rounds
+    scaled = {
+        key: now if key in stated else earlier * count // before.schedule.rounds
+        for key, (now, earlier) in values.items()
+    }
+    return from_dict({"schedule.rounds": count, **scaled}, base=config)
 
 
 def _check_teacher(config: RunConfig, teacher: LoadedModel) -> None:
+    if teacher.input.size[0] > 4:
+        raise UsageError(f"{teacher.name} takes {teacher.input.size[0]} channels; images of 1 to 4 can be made.")
     if config.synthesis.feature_weight > 0 and not batch_norm_layers(teacher.module):
         raise UsageError(
             f"{teacher.name} has no BatchNorm layers, whose statistics the feature term needs. Choose another teacher, "
@@ -234,7 +252,8 @@ def distill(
         student: the same; a module is trained in place.
         recipe: a recipe's name (see :mod:`fastdfkd_cli.recipes`).
         config: settings instead of a recipe.
-        overrides: settings to put on either, by dotted key (``{"synthesis.steps": 2}``); ``images`` is a budget.
+        overrides: settings to put on either, by dotted key (``{"synthesis.steps": 2}``), and a budget: ``images`` or
+            ``rounds``, which keep the shares of warm-up and final rounds.
         data_dir: distil on these synthetic images instead of making new ones.
         output: the folder to export to; None for no export.
         overwrite: replace a folder that an earlier run left there.
@@ -266,6 +285,7 @@ def distill(
             amp,
             say,
             trains=True,
+            given=data_dir is not None,
         )
         assert job.student is not None
         judge = _open_judge(eval_data, eval_dataset, eval_split, job)
@@ -273,6 +293,10 @@ def distill(
         stack.enter_context(deterministic_algorithms(job.config.deterministic))
         if on_message is not None:
             say(_cost(_plan(job, given), job.config))
+        # Dropout and the like draw from the global state: it follows from the seed while the run lasts.
+        cuda = [job.machine.device] if job.machine.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        torch.manual_seed(job.config.seed)
         folder = stack.enter_context(StagedDirectory(output, overwrite)) if output is not None else None
         log = stack.enter_context(_RecordLog(folder / "metrics.jsonl" if folder else None, on_record))
         run, quality = _distil(job, given, say, log)
@@ -623,6 +647,7 @@ def plan_distill(
         amp,
         say,
         trains=True,
+        given=data_dir is not None,
     )
     assert job.student is not None
     _open_judge(eval_data, eval_dataset, eval_split, job)

@@ -290,7 +290,7 @@ def distill(
         options={
             "synthesis.steps": steps,
             "deterministic": deterministic,
-            "schedule.rounds": rounds,
+            "rounds": rounds,
             "schedule.time_budget": None if time_budget is None else parse_duration(time_budget),
             "images": images,
         },

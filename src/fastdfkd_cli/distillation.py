@@ -51,6 +51,8 @@ class Clock:
     rounds: int
     warmup_rounds: int
     final_rounds: int
+    #: Rounds after the warm-up until the generator's one renewal (0: never).
+    renewal: int = 0
     final_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     distillation_started: float | None = None
@@ -188,7 +190,13 @@ class Distillation:
         self.images_made = 0
         self.steps_taken = 0
         schedule = config.schedule
-        self.clock = Clock(schedule.time_budget, schedule.rounds, schedule.warmup_rounds, schedule.final_rounds)
+        self.clock = Clock(
+            schedule.time_budget,
+            schedule.rounds,
+            schedule.warmup_rounds,
+            schedule.final_rounds,
+            config.synthesis.generator_reset_after,
+        )
         self._last_record = 0.0
         self._batch_losses: dict[str, Tensor] = {}
         self._step_figures: dict[str, Tensor | float] = {}
@@ -229,7 +237,7 @@ class Distillation:
         return round_index >= self.clock.rounds
 
     def _renews(self, round_index: int) -> bool:
-        after = self.config.synthesis.generator_reset_after
+        after = self.clock.renewal
         return after > 0 and round_index == self.clock.warmup_rounds + after
 
     def _synthesize(self, distils: bool) -> Iterator[Record]:
@@ -289,6 +297,7 @@ class Distillation:
         assert self.clock.budget is not None
         self.clock.rounds = max(int(self.clock.budget / per_round), 1)
         self.clock.warmup_rounds = round(warmup * self.clock.rounds)
+        self.clock.renewal = round(self.clock.renewal / schedule.rounds * self.clock.rounds)
         self.clock.final_rounds = schedule.final_rounds
         self.clock.final_seconds = final * self.clock.rounds * kd_seconds
 

@@ -126,12 +126,15 @@ class FastMeta:
                         accumulated.add_(parameter.grad)
                 kept, lowest = self._keep(kept, lowest, images, labels, terms, total)
                 inner.step()
+        assert kept is not None
+        if config.keep == "last":  # Line 10: x* = G(z; theta), behind the last step
+            with torch.no_grad(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+                kept = SyntheticBatch(to_uint8(self.adapted(z)), labels, kept.losses)
         if self.statistics is not None:
             self.statistics.accumulate()  # Eq. 14, once per batch
             self.statistics.reset()
         self._update_shared(adapted, gradient_sums)  # Line 14
         self.batches += 1
-        assert kept is not None
         return kept
 
     def _inversion_loss(

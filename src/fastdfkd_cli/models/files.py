@@ -64,6 +64,12 @@ def load_file(
                 "cifar/wrn16_2, nets.py:factory)."
             )
         a = arch.require_architecture(known, option=flag(role, "arch") if options.arch else str(path))
+        if a.family == "user" and not options.arch:
+            # Weights are data: a file must not choose what code runs. The user may, by writing it.
+            raise UsageError(
+                f"{path} names code ({known}) as its network, which a file may not do: if you trust that code, give "
+                f"{flag(role, 'arch')} {known}."
+            )
     name = f"{a.name} ({path.name})" if source != "builtin" else reference
     config = a.config()
     in_file = _layer_shape(config.get("classifier"), checkpoint.tensors, 0)
