@@ -91,6 +91,7 @@ class Synthesis:
         if writer.state is not None:
             self.method.load_state_dict(writer.state.tensors)
             self._burned = int(writer.state.values["burned"])
+        self._burned_before = self._burned
 
     def __iter__(self) -> Iterator[Record]:
         started = reported = time.perf_counter()
@@ -103,6 +104,7 @@ class Synthesis:
         burn_in = burn_in_batches(self.config)
         while self.writer.num_images < self.num_images:
             batch = self.method.synthesize(self.student)
+            self._require_finite(batch.losses)
             if self._burned < burn_in:
                 self._burned += 1
             else:
@@ -126,6 +128,15 @@ class Synthesis:
         self.manifest = self.writer.close(state=self._state(), summary=summary)
         yield self._record(made_before, seconds, {})
 
+    def _require_finite(self, losses: Mapping[str, Tensor]) -> None:
+        """Pixels that are not numbers would be rounded to some grey, and stored as if nothing had happened."""
+        if not torch.isfinite(torch.stack(list(losses.values()))).all():
+            broken = ", ".join(name for name, value in losses.items() if not torch.isfinite(value))
+            raise FastDFKDError(
+                f"The synthesis loss stopped being finite after {self.writer.num_images} images ({broken}). "
+                "Lower synthesis.lr_generator, or use --no-amp."
+            )
+
     @torch.no_grad()
     def _soft_labels(self, images: Tensor) -> Tensor:
         """The teacher's logits for the images as they are stored: rounded, not augmented, in float32."""
@@ -142,7 +153,7 @@ class Synthesis:
         made = self.writer.num_images
         batch = self.config.synthesis.batch_size
         todo = max(burn_in_batches(self.config) - self._burned, 0) * batch + self.num_images - made
-        done = made - made_before + self._burned * batch
+        done = made - made_before + (self._burned - self._burned_before) * batch
         rate = done / elapsed if elapsed > 0 else None
         return Record(
             phase="synthesis",
