@@ -378,3 +378,16 @@ def test_progress_knows_the_cost_of_a_step_within_the_first_round() -> None:
     found = {record.step: record.progress for record in run if record.phase == "distillation"}
     assert found[1] < 0.4
     assert 0.3 < found[5] < 0.7
+
+
+@pytest.mark.parametrize("records", [0.0, 1e9])
+def test_a_student_that_breaks_is_named_before_the_images_it_breaks(
+    records: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "RECORD_EVERY", records)
+    settings, model = config(distillation__lr=1e30, schedule__rounds=8, schedule__kd_steps_per_round=1), teacher()
+    method = build_method(settings, model, image_size=SIZE, num_classes=CLASSES, device=CPU, amp=False)
+    run = Distillation(settings, model, net(1), synthesizer=method, image_size=SIZE, device=CPU, amp=False)
+    with pytest.raises(FastDFKDError, match=r"Lower distillation\.lr"):
+        list(run)
+    method.close()

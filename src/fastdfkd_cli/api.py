@@ -29,6 +29,7 @@ from fastdfkd_cli.errors import UsageError
 from fastdfkd_cli.export import export_student, verify_export, write_samples
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.models import LoadedModel, ModelOptions, check_forward, load_student, load_teacher
+from fastdfkd_cli.models.files import unwrapped
 from fastdfkd_cli.output import StagedDirectory, write_json
 from fastdfkd_cli.plan import distillation_plan, model_size, synthesis_plan
 from fastdfkd_cli.pool import ImagePool
@@ -135,10 +136,7 @@ def _prepare(
     if config is None and recipe != "auto":
         get_recipe(recipe)  # a typing error should not wait for a download
     machine = _Machine.choose(device, amp, say)
-    loaded = load_teacher(teacher, teacher_options)
-    if loaded.source == "module":
-        # Freezing, moving and changing the memory format would show on the caller's own object.
-        loaded = replace(loaded, module=copy.deepcopy(loaded.module))
+    loaded = load_teacher(_copied(teacher), teacher_options)
     say(f"teacher {loaded.name}{f' at {loaded.revision}' if loaded.revision else ''}")
     check_forward(loaded)
     loaded.module.eval().requires_grad_(False)
@@ -160,9 +158,14 @@ def _prepare(
     return _Job(machine, settings, loaded, pupil)
 
 
+def _copied(model: Model) -> Model:
+    """A caller's own module is left as it is: evaluation mode, freezing, moving and memory format go to a copy."""
+    return copy.deepcopy(unwrapped(model)) if isinstance(model, nn.Module) else model
+
+
 def _opponent(student: Model, options: ModelOptions, teacher: LoadedModel) -> LoadedModel:
     """A student that `synthesize` plays against: its own weights if it has any, and the teacher's classes and input."""
-    loaded = load_student(student, options, like=teacher)
+    loaded = load_student(_copied(student), options, like=teacher)
     loaded.module.requires_grad_(False)
     return loaded
 
@@ -181,8 +184,15 @@ def _override(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
         if isinstance(images, bool) or not isinstance(images, int | float) or images < 1:
             raise UsageError(f"images must be 1 or more, not {images!r}.")
         per_round = config.synthesis.batch_size * config.schedule.batches_per_round
-        share = config.schedule.synthesis_rounds / config.schedule.rounds
-        rounds = max(round(images / per_round / share), 1)
+        synthesis = max(round(images / per_round), 1)
+        rounds = round(synthesis * config.schedule.rounds / config.schedule.synthesis_rounds)
+        config = _with_rounds(config, rounds, config, stated={})
+        # Shares are rounded; the images that were asked for are not.
+        exact = {
+            "schedule.final_rounds": rounds - synthesis,
+            "schedule.warmup_rounds": min(config.schedule.warmup_rounds, synthesis - 1),
+        }
+        return from_dict(exact, base=config)
     return config if rounds is None else _with_rounds(config, rounds, config, stated={})
 
 
@@ -308,12 +318,17 @@ def distill(
 
 
 class _RecordLog:
-    """Hands records on, and writes them to ``metrics.jsonl`` as they come."""
+    """Hands records on, and writes them to ``metrics.jsonl`` as they come.
+
+    Each engine counts its own progress and time; what is said of the whole run never goes back.
+    """
 
     def __init__(self, path: Path | None, on_record: OnRecord | None) -> None:
         self.path = path
         self.on_record = on_record
         self._file: TextIO | None = None
+        self._progress = 0.0
+        self._started = time.perf_counter()
 
     def __enter__(self) -> _RecordLog:
         if self.path is not None:
@@ -325,6 +340,8 @@ class _RecordLog:
             self._file.close()
 
     def __call__(self, record: Record) -> None:
+        self._progress = max(self._progress, record.progress)
+        record = replace(record, progress=self._progress, elapsed=time.perf_counter() - self._started)
         if self._file is not None:
             line = {**vars(record), "values": dict(record.values)}
             self._file.write(json.dumps(line) + "\n")
@@ -585,11 +602,11 @@ def evaluate(
     say = on_message or _silent
     data = open_evaluation_data(data_dir=data_dir, dataset=dataset, split=split)
     machine_device = resolve_device(device)
-    loaded = load_teacher(model, options or ModelOptions(), role="model")
+    loaded = load_teacher(_copied(model), options or ModelOptions(), role="model")
     check_forward(loaded)
     beside = None
     if teacher is not None:
-        beside = load_teacher(teacher, teacher_options or ModelOptions())
+        beside = load_teacher(_copied(teacher), teacher_options or ModelOptions())
         check_forward(beside)
     result = evaluation.drain(
         evaluation.evaluate_model(

@@ -226,8 +226,8 @@ class Distillation:
                 yield from self._distil(round_index)
             round_index += 1
         # Most figures are never read (see _record_is_due); the last ones are, so that nothing broken is handed out.
-        self._check_finite("synthesis", self.images_made, self._batch_losses)
         record = self._distillation_record(rate=self.steps_taken / max(self.costs.distillation, 1e-9))
+        self._check_finite("synthesis", self.images_made, self._batch_losses)
         self.student.finish()
         yield record
 
@@ -253,6 +253,8 @@ class Distillation:
             self.images_made += len(batch.images)
             self._batch_losses = batch.losses
             if self._record_is_due():
+                # A student that broke breaks the adversarial term too: name the cause before its effect.
+                self._check_finite("distillation", self.steps_taken, self._step_figures)
                 values = self._check_finite("synthesis", self.images_made, batch.losses)
                 total = None if self.clock.budget is not None else self.config.synthetic_images
                 rate = len(batch.images) / seconds
@@ -370,7 +372,9 @@ class Distillation:
         values = {name: float(value) for name, value in figures.items()}
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
-            section = "synthesis.lr_generator" if phase == "synthesis" else "distillation.lr"
+            # An adversarial term that breaks alone is the student's doing.
+            student = phase == "distillation" or set(broken) == {"adversarial", "total"}
+            section = "distillation.lr" if student else "synthesis.lr_generator"
             unit = "image" if phase == "synthesis" else "step"
             raise FastDFKDError(
                 f"The {phase} loss stopped being finite at {unit} {step} ({', '.join(broken)}); nothing was "
