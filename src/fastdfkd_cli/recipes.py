@@ -145,11 +145,55 @@ def auto(image_size: ImageSize) -> RunConfig:
     return cifar(image_size) if _is_small(image_size) else imagenet(image_size)
 
 
-def _frugal_generator(image_size: ImageSize) -> GeneratorConfig:
-    """Half the paper's width: a quarter of the work, and no worse at these budgets."""
-    if _is_small(image_size):
-        return GeneratorConfig(width=64, upsamplings=_upsamplings_for(image_size))
-    return GeneratorConfig(width=64, upsamplings=4)
+def _frugal_generator(image_size: ImageSize, width: int = 64) -> GeneratorConfig:
+    """A narrower generator than the paper's 128: a fraction of the work, and no worse at these budgets."""
+    return GeneratorConfig(width=width, upsamplings=_upsamplings_for(image_size) if _is_small(image_size) else 4)
+
+
+def _for_cpu(image_size: ImageSize, schedule: ScheduleConfig) -> RunConfig:
+    """The paper's synthesis with a narrow generator, and a KD that gets far in few steps.
+
+    At a fixed time on two cores, smaller KD batches at a higher rate (64 at 0.5 instead of 256 at 0.2, with Nesterov's
+    momentum and a short warm-up) gained more accuracy than any change of the synthesis.
+    """
+    base = cifar(image_size)
+    return replace(
+        base,
+        quality_images=512,
+        synthesis=replace(base.synthesis, batch_size=128, generator_reset_after=0),
+        generator=_frugal_generator(image_size, width=32),
+        distillation=DistillationConfig(batch_size=64, lr=0.5, lr_warmup=0.05, nesterov=True),
+        schedule=schedule,
+    )
+
+
+def _for_cpu_large(image_size: ImageSize, rounds: int) -> RunConfig:
+    """Above 64 pixels a CPU buys a look at the pictures rather than a student: small batches, few steps."""
+    base = imagenet(image_size)
+    return replace(
+        base,
+        quality_images=16,
+        synthesis=replace(
+            base.synthesis, batch_size=16, steps=10, lr_generator=1e-3, meta_lr_generator=5e-4, latent_reset_every=0
+        ),
+        generator=replace(base.generator, width=64),
+        distillation=replace(base.distillation, batch_size=16, lr=0.05),
+        schedule=ScheduleConfig(rounds=rounds, warmup_rounds=1, kd_steps_per_round=10),
+    )
+
+
+def quick(image_size: ImageSize) -> RunConfig:
+    """A few minutes on two cores: a student that works, if not the best one."""
+    if not _is_small(image_size):
+        return _for_cpu_large(image_size, rounds=6)
+    return _for_cpu(image_size, ScheduleConfig(rounds=60, warmup_rounds=5, kd_steps_per_round=50))
+
+
+def cpu(image_size: ImageSize) -> RunConfig:
+    """Half an hour on two cores: what a machine without a GPU can do in a coffee break."""
+    if not _is_small(image_size):
+        return _for_cpu_large(image_size, rounds=60)
+    return _for_cpu(image_size, ScheduleConfig(rounds=220, warmup_rounds=10, kd_steps_per_round=75))
 
 
 def smoke(image_size: ImageSize) -> RunConfig:
@@ -211,6 +255,18 @@ RECIPES: dict[str, Recipe] = {
             source="our own",
             description="Half a minute on two cores at 32x32: shows that everything fits, not that it learns.",
             build=smoke,
+        ),
+        Recipe(
+            name="quick",
+            source="our own",
+            description="A few minutes on two cores at 32x32.",
+            build=quick,
+        ),
+        Recipe(
+            name="cpu",
+            source="our own",
+            description="Half an hour or less on two cores at 32x32.",
+            build=cpu,
         ),
         Recipe(
             name="digits",
