@@ -266,7 +266,7 @@ def test_a_run_follows_the_cosine_to_its_end() -> None:
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_a_kd_step_is_sgd_on_equation_12(nesterov: bool) -> None:
     settings = DistillationConfig(lr=0.1, momentum=0.8, nesterov=nesterov, weight_decay=0.01, temperature=4)
-    model, ours, theirs = teacher(), net(1), net(1).train()
+    model, ours, theirs = teacher(), net(1).eval(), net(1).train()
     student = Student(ours, settings, CPU, False)
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.8, nesterov=nesterov, weight_decay=0.01)
     for step in range(3):
