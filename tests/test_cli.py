@@ -397,7 +397,6 @@ def act(kind, output, on_message, on_record):
     if kind == "UsageError": raise UsageError("bad\\nrequest")
     if kind == "UnavailableError": raise UnavailableError("no such model")
     if kind == "FastDFKDError": raise FastDFKDError("not finite")
-    if kind == "InterruptedRunError": raise InterruptedRunError("saved", 15)
     if kind == "ENOSPC": raise OSError(errno.ENOSPC, "No space left on device", "pool.bin")
     if kind == "EACCES": raise PermissionError(errno.EACCES, "Permission denied", "secret")
     if kind == "ENOTDIR": raise NotADirectoryError(errno.ENOTDIR, "Not a directory", "x")
@@ -444,7 +443,6 @@ def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         ("UsageError", 2, "fastdfkd: error: bad request"),
         ("UnavailableError", 3, "fastdfkd: error: no such model"),
         ("FastDFKDError", 1, "fastdfkd: error: not finite"),
-        ("InterruptedRunError", 143, "fastdfkd: interrupted: saved"),
         ("ENOSPC", 1, "fastdfkd: error: No space is left for pool.bin; "),
         ("EACCES", 1, "fastdfkd: error: Permission was refused for secret; "),
         ("memory", 1, "fastdfkd: error: The device is out of memory; "),

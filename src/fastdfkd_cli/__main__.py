@@ -19,7 +19,7 @@ import typer
 
 from fastdfkd_cli.cli import app
 from fastdfkd_cli.console import print_error
-from fastdfkd_cli.errors import FastDFKDError, InterruptedRunError
+from fastdfkd_cli.errors import FastDFKDError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _DISK_ERRORS = {
@@ -98,9 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         left = " ".join(getattr(error, "__notes__", ())) or "unfinished output was removed"
         print_error(f"stopped by {name}; {left}.", kind="interrupted")
         return 128 + signum
-    except InterruptedRunError as error:
-        print_error(str(error), kind="interrupted")
-        return error.exit_code
     except FastDFKDError as error:
         print_error(str(error))
         return error.exit_code

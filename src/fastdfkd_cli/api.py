@@ -144,7 +144,7 @@ def _prepare(
     settings = _override(settings, overrides or {})
     say(f"recipe {settings.recipe}, seed {settings.seed}")
     if not given or settings.quality_images:
-        _check_teacher(settings, loaded)
+        _check_synthesis(settings, loaded, machine.device)
     pupil = None
     if student is not None:
         with torch.random.fork_rng(devices=[]):
@@ -224,7 +224,12 @@ def _with_rounds(config: RunConfig, rounds: Any, before: RunConfig, stated: Mapp
     return from_dict({"schedule.rounds": count, **scaled}, base=config)
 
 
-def _check_teacher(config: RunConfig, teacher: LoadedModel) -> None:
+def _check_synthesis(config: RunConfig, teacher: LoadedModel, device: torch.device) -> None:
+    if config.deterministic and device.type == "cuda" and config.synthesis.augmentation == "resized-crop-flip":
+        raise UsageError(
+            "--deterministic: torch has no repeatable derivative of a resized crop on CUDA. Give "
+            "--set synthesis.augmentation=crop-flip, or run on the CPU."
+        )
     if teacher.input.size[0] > 4:
         raise UsageError(f"{teacher.name} takes {teacher.input.size[0]} channels; images of 1 to 4 can be made.")
     if config.synthesis.feature_weight > 0 and not batch_norm_layers(teacher.module):

@@ -201,6 +201,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "schedule", "rounds", "batches_per_round")
+        _require(self.rounds <= 2**31, "schedule.rounds", self.rounds, "2,147,483,648 or less")
         _positive(self, "schedule", "kd_steps_per_round")
         _non_negative(self, "schedule", "warmup_rounds", "final_rounds")
         _require(

@@ -5,8 +5,9 @@
     FastDFKDError            1   failed at run time
     ├── UsageError           2   the command line, a recipe or a config does not make sense
     ├── UnavailableError     3   a model, a data set or the Hub cannot be had
-    ├── ThresholdError       4   a stated threshold (--min-top1) was missed
-    └── InterruptedRunError  130 / 143   Ctrl-C or SIGTERM, after cleaning up
+    └── ThresholdError       4   a stated threshold (--min-top1) was missed
+
+A run that Ctrl-C or SIGTERM stopped exits with 130 or 143, after cleaning up.
 
 Every one of them carries a message of one line that says what is wrong and what to do. Anything else that is
 raised is a bug and keeps its traceback.
@@ -42,19 +43,6 @@ class ThresholdError(FastDFKDError):
     exit_code = 4
 
 
-class InterruptedRunError(FastDFKDError):
-    """The run was stopped by a signal.
-
-    Args:
-        message: what was kept and how to go on.
-        signum: the signal's number (2 for Ctrl-C, 15 for SIGTERM).
-    """
-
-    def __init__(self, message: str, signum: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signum
-
-
 def did_you_mean(word: str, known: Iterable[str], *, count: int = 3) -> str:
     """Return ``" Did you mean a, b?"`` for the known words nearest to ``word``, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
@@ -63,7 +51,6 @@ def did_you_mean(word: str, known: Iterable[str], *, count: int = 3) -> str:
 
 __all__ = [
     "FastDFKDError",
-    "InterruptedRunError",
     "ThresholdError",
     "UnavailableError",
     "UsageError",
