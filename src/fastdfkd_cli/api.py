@@ -728,7 +728,7 @@ def plan_synthesize(
 def _plan(job: _Job, given: SyntheticSet | None) -> dict[str, Any]:
     assert job.student is not None
     return distillation_plan(
-        job.config,
+        job.config if given is not None else _bounded_pool(job, _silent),
         job.machine.place(job.teacher),
         job.machine.place(job.student),
         pool_images=len(given.images) if given is not None else None,

@@ -92,7 +92,6 @@ class LoadedModel:
             "architecture": self.architecture,
             "model_args": dict(self.model_args),
             "num_classes": self.num_classes,
-            "param_count": sum(p.numel() for p in self.module.parameters()),
             "input": {
                 name: list(value) if isinstance(value, tuple) else value
                 for name, value in dataclasses.asdict(self.input).items()
