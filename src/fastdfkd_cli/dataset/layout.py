@@ -1,0 +1,136 @@
+"""How a set lies on the disk: names, the manifest, and the checks of both."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdfkd_cli.data.files import IMAGE_MODES, first_line
+from fastdfkd_cli.errors import UnavailableError
+from fastdfkd_cli.output import sha256_file
+
+FORMAT = "synthetic-images"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CLASSES = "classes.txt"
+SHARD_FILE = re.compile(r"train-\d{5,}\.(tar|safetensors)")
+STATE_FILE = re.compile(r"state/(\d{5,}\.(safetensors|json)|\.\d{5,}\.(safetensors|json)\.partial-[0-9a-f]{8})")
+
+
+def class_folders(num_classes: int, class_names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the folder of each class: ``0003``, or ``0003_cat`` with the name reduced to letters that any disk takes.
+
+    Sorted, as text or as timm sorts, they stand in the order of the class indices.
+
+    Raises:
+        ValueError: there are names, but not one a class.
+    """
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(f"{len(class_names)} class names for {num_classes} classes")
+    digits = max(4, len(str(num_classes - 1)))
+    folders = []
+    for index in range(num_classes):
+        text = "" if class_names is None else class_names[index]
+        ascii_text = unicodedata.normalize("NFKD", str(text)).encode("ascii", "ignore").decode()
+        clean = re.sub(r"[^A-Za-z0-9-]+", "_", ascii_text).strip("_-")[:40].rstrip("_-")
+        folders.append(f"{index:0{digits}d}_{clean}" if clean else f"{index:0{digits}d}")
+    return tuple(folders)
+
+
+def is_dataset(folder: Path) -> bool:
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def load_manifest(directory: str | Path) -> dict[str, Any]:
+    """Read and check ``manifest.json``: types, counts that add up, file names that stay in the folder.
+
+    Raises:
+        UnavailableError: it is missing, not this program's, newer than this version, or damaged.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UnavailableError(f"{path} is missing: {directory} is not a finished synthetic set.") from error
+    except (OSError, ValueError) as error:
+        raise UnavailableError(f"{path} cannot be read: {first_line(error)}.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UnavailableError(f"{path} was not written by fastdfkd synthesize.")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UnavailableError(
+            f"{path} has format version {manifest.get('format_version')!r}; this fastdfkd reads {FORMAT_VERSION}."
+        )
+    damage = _manifest_damage(manifest)
+    if damage:
+        raise UnavailableError(f"{path} is damaged: {damage}.")
+    return manifest
+
+
+def _manifest_damage(manifest: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a manifest, or None."""
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    def listing(value: Any, length: int | None = None) -> bool:
+        return isinstance(value, list) and length in (None, len(value))
+
+    def files(value: Any, pattern: re.Pattern[str]) -> bool:
+        return (
+            isinstance(value, dict)
+            and len(value) == 2
+            and all(pattern.fullmatch(name) and isinstance(facts, dict) for name, facts in value.items())
+            and len({name.rsplit(".", 1)[-1] for name in value}) == 2
+            and all(whole(facts.get("bytes")) and isinstance(facts.get("sha256"), str) for facts in value.values())
+        )
+
+    classes = manifest.get("num_classes")
+    if not whole(classes):
+        return "num_classes is not a number"
+    size = manifest.get("input_size")
+    if not listing(size, 3) or not all(whole(side) and side for side in size or []) or size[0] not in IMAGE_MODES:  # type: ignore[index]
+        return "input_size is not [C, H, W]"
+    if not listing(manifest.get("classes"), classes) or not listing(manifest.get("counts"), classes):
+        return "classes or counts do not fit num_classes"
+    if not all(isinstance(name, str) for name in manifest["classes"]) or not all(map(whole, manifest["counts"])):
+        return "classes or counts hold something else"
+    if not listing(manifest.get("shards")):
+        return "shards is not a list"
+    for shard in manifest["shards"]:
+        if not isinstance(shard, dict) or not whole(shard.get("images")) or not files(shard.get("files"), SHARD_FILE):
+            return "a shard lacks its images or files"
+    if sum(shard["images"] for shard in manifest["shards"]) != sum(manifest["counts"]):
+        return "shards and counts do not add up"
+    if manifest.get("state") is not None and not files(manifest["state"], STATE_FILE):
+        return "state names something else"
+    return None
+
+
+def check_file(path: Path, facts: Mapping[str, Any], *, content: bool = True) -> None:
+    """Compare a file's size, and by ``content`` its SHA-256, with what the manifest says.
+
+    Raises:
+        UnavailableError: it is missing, not readable or another one.
+    """
+    stated = facts["bytes"]
+    try:
+        size = path.stat().st_size
+        digest = sha256_file(path) if content and size == stated else facts["sha256"]
+    except FileNotFoundError as error:
+        raise UnavailableError(f"{path} is missing, though the manifest names it.") from error
+    except OSError as error:
+        raise UnavailableError(f"{path} cannot be read: {error.strerror}.") from error
+    if size < stated:
+        raise UnavailableError(f"{path} is truncated: {size:,} of {stated:,} bytes. Copy or make it again.")
+    if size > stated:
+        raise UnavailableError(f"{path} is not what was written: {size:,} bytes instead of {stated:,}.")
+    if digest != facts["sha256"]:
+        raise UnavailableError(f"{path} is damaged: its bytes do not have the SHA-256 that the manifest states.")

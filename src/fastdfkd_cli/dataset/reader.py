@@ -1,0 +1,184 @@
+"""A synthetic set, or plain images, read into memory."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils.misc import natural_key
+from torch import Tensor
+
+from fastdfkd_cli.data.files import (
+    DECODE_ERRORS,
+    IMAGE_MODES,
+    ImageFile,
+    first_line,
+    images_in_folder,
+    images_in_tar,
+    pixels,
+    tars_in_folder,
+)
+from fastdfkd_cli.dataset.layout import CLASSES, MANIFEST, check_file, is_dataset, load_manifest
+from fastdfkd_cli.errors import UnavailableError, UsageError
+
+
+@dataclass(frozen=True)
+class SyntheticSet:
+    """A set in memory.
+
+    Attributes:
+        images: uint8 ``[N, C, H, W]``.
+        labels: int64 ``[N]``; -1 for an image that stands in no class folder.
+        logits: the teacher's, ``[N, num_classes]`` float, for the images as they are; None for plain images, and for
+            images that were resized.
+        manifest: None for plain images.
+        class_folders: in index order.
+    """
+
+    images: Tensor
+    labels: Tensor
+    logits: Tensor | None
+    manifest: dict[str, Any] | None
+    class_folders: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def read_dataset(
+    directory: str | Path,
+    *,
+    input_size: tuple[int, int, int] | None = None,
+    interpolation: str = "bilinear",
+) -> SyntheticSet:
+    """Read a synthetic set, or plain images, into memory.
+
+    A folder with ``manifest.json`` is checked file by file against it. Without one, ``directory`` may be a folder of
+    class folders, a tar of them, or a folder of such tars; the images are converted to ``input_size``'s channels, and
+    scaled and cropped at the centre where they have another size.
+
+    Args:
+        directory: the set.
+        input_size: (C, H, W) to return. A synthetic set may leave it out; plain images need it.
+        interpolation: how images of another size are resized: nearest, bilinear, bicubic, ...
+
+    Raises:
+        UsageError: no such folder, no images in it, ``input_size`` is missing or has other channels than the set.
+        UnavailableError: a file is missing, truncated, damaged or not an image (named).
+    """
+    path = Path(directory)
+    if not path.exists():
+        raise UsageError(f"--data-dir {path} does not exist.")
+    if path.is_dir() and (path / MANIFEST).exists():
+        return _read_synthetic(path, input_size, interpolation)
+    if input_size is None:
+        raise UsageError(f"--data-dir {path} has no {MANIFEST}: the input size must be given for plain images.")
+    return _read_plain(path, input_size, interpolation)
+
+
+def _read_synthetic(path: Path, size: tuple[int, int, int] | None, interpolation: str) -> SyntheticSet:
+    manifest = load_manifest(path)
+    stored: tuple[int, int, int] = tuple(manifest["input_size"])
+    size = stored if size is None else size
+    if size[0] != stored[0]:
+        raise UsageError(f"--data-dir {path} holds images of {stored[0]} channels, and {size[0]} are needed.")
+    total = sum(manifest["counts"])
+    if not total:
+        raise UsageError(f"--data-dir {path} holds no images yet: let fastdfkd synthesize go on with --resume.")
+    for shard in manifest["shards"]:
+        for name, facts in shard["files"].items():
+            check_file(path / name, facts)
+    images = torch.empty(total, *size, dtype=torch.uint8)
+    labels: list[Tensor] = []
+    logits: list[Tensor] = []
+    row = 0
+    for shard in manifest["shards"]:
+        tar, tensors = (path / name for name in sorted(shard["files"], reverse=True))
+        shard_labels, shard_logits = _read_tensors(tensors, shard["images"], manifest["num_classes"])
+        labels.append(shard_labels)
+        logits.append(shard_logits)
+        files = list(images_in_tar(tar))
+        for file, label in zip(files, shard_labels.tolist(), strict=False):
+            if file.label != manifest["classes"][label]:
+                raise UnavailableError(f"{file} stands in another class than its label {label}.")
+            images[row] = _decode(file, size, interpolation, stored=stored)
+            row += 1
+        if len(files) != shard["images"]:
+            raise UnavailableError(f"{tar} holds {len(files)} images, and its manifest says {shard['images']}.")
+    soft = torch.cat(logits) if tuple(size) == stored else None
+    return SyntheticSet(images, torch.cat(labels), soft, manifest, tuple(manifest["classes"]))
+
+
+def _read_tensors(path: Path, images: int, classes: int) -> tuple[Tensor, Tensor]:
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UnavailableError(f"{path} cannot be read: {first_line(error)}.") from error
+    labels, logits = tensors.get("labels"), tensors.get("logits")
+    if labels is None or logits is None or labels.shape != (images,) or logits.shape != (images, classes):
+        raise UnavailableError(f"{path} does not hold labels [{images}] and logits [{images}, {classes}].")
+    if not logits.is_floating_point() or (images and not 0 <= int(labels.min()) <= int(labels.max()) < classes):
+        raise UnavailableError(f"{path} holds labels or logits that are out of range.")
+    return labels.to(torch.int64), logits
+
+
+def _decode(
+    file: ImageFile, size: tuple[int, int, int], interpolation: str, *, stored: tuple[int, int, int] | None = None
+) -> Tensor:
+    """Return one image as uint8 ``[C, H, W]`` of ``size``; ``stored`` is what it must be as it stands."""
+    try:
+        with Image.open(io.BytesIO(file.read())) as picture:
+            if stored is not None and (picture.mode, picture.size) != (IMAGE_MODES[stored[0]], (stored[2], stored[1])):
+                found = f"{picture.mode} {picture.width}x{picture.height}"
+                raise UnavailableError(f"{file} is {found}, not what the manifest states.")
+            if picture.mode.startswith(("I", "F")):
+                raise UnavailableError(f"{file} has more than 8 bits a channel: convert it first.")
+            ready = picture.convert(IMAGE_MODES[size[0]])
+    except DECODE_ERRORS as error:
+        raise UnavailableError(f"{file} cannot be decoded as an image: {first_line(error)}.") from error
+    if ready.size != (size[2], size[1]):
+        resampling = getattr(Image.Resampling, interpolation.upper(), Image.Resampling.BILINEAR)
+        ready = ImageOps.fit(ready, (size[2], size[1]), method=resampling)
+    return pixels(ready)
+
+
+def _plain_files(path: Path) -> list[ImageFile]:
+    """The images of a folder, a tar or a folder of tars."""
+    if path.is_file():
+        if path.suffix != ".tar":
+            raise UsageError(f"--data-dir {path} is neither a folder nor a .tar file.")
+        return list(images_in_tar(path))
+    if tars := tars_in_folder(path):  # a set of ours without its manifest: the pictures beside the tars are for people
+        return [file for tar in tars for file in images_in_tar(tar)]
+    return sorted(images_in_folder(path), key=lambda file: natural_key(file.name))
+
+
+def _read_plain(path: Path, size: tuple[int, int, int], interpolation: str) -> SyntheticSet:
+    if size[0] not in IMAGE_MODES:
+        raise UsageError(f"Images of 1 to 4 channels can be read, not of {size[0]}.")
+    files = _plain_files(path)
+    if not files:
+        known = ", ".join(sorted(get_img_extensions()))
+        raise UsageError(f"--data-dir {path} holds no images ({known}), neither in class folders nor in a .tar.")
+    order = _class_order(path, {file.label for file in files} - {""})
+    index = {name: number for number, name in enumerate(order)}
+    images = torch.stack([_decode(file, size, interpolation) for file in files])
+    labels = torch.tensor([index.get(file.label, -1) for file in files])
+    return SyntheticSet(images, labels, None, None, order)
+
+
+def _class_order(path: Path, found: set[str]) -> tuple[str, ...]:
+    """The class folders in index order: as our classes.txt beside a shard says, else sorted as timm sorts them."""
+    beside = path.parent / CLASSES
+    if path.is_file() and beside.is_file() and is_dataset(path.parent):
+        listed = tuple(beside.read_text(encoding="utf-8").split())
+        if found <= set(listed):
+            return listed
+    return tuple(sorted(found, key=natural_key))

@@ -1,0 +1,581 @@
+"""Writes a synthetic set shard by shard, so that an interruption costs no whole shard and a later run can go on."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import IO, Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastdfkd_cli import __version__
+from fastdfkd_cli.data.files import IMAGE_MODES, images_in_tar, pixels
+from fastdfkd_cli.dataset.layout import (
+    CLASSES,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    STATE_FILE,
+    check_file,
+    class_folders,
+    is_dataset,
+    load_manifest,
+)
+from fastdfkd_cli.errors import UnavailableError, UsageError
+from fastdfkd_cli.output import (
+    LITTER,
+    OWNER_KEY,
+    check_replaceable,
+    files_below,
+    named,
+    plain_json,
+    sha256_file,
+    write_bytes,
+    write_json,
+    writing,
+)
+from fastdfkd_cli.pictures import write_grid
+
+_fcntl: ModuleType | None
+try:
+    import fcntl as _fcntl
+except ImportError:  # Windows has no such locks; there two runs into one folder are not told apart
+    _fcntl = None
+
+#: What the engine may write beside the set.
+SIDE_FILES = frozenset({"README.md", "report.json", "metrics.jsonl", "config.yaml", "config.json", "samples.png"})
+#: Pictures per class, and per row, in ``grids/``.
+GRID_IMAGES, GRID_COLUMNS = 32, 8
+_PARTIAL = re.compile(
+    r"\.train-\d{5,}\.(tar|safetensors)\.partial|\.(manifest\.json|classes\.txt)\.partial-[0-9a-f]{8}"
+)
+_GRID = re.compile(r"grids/(\d{4,}(_[A-Za-z0-9._-]+)?\.png|\.\d{4,}.*\.png\.partial-[0-9a-f]{8})")
+_TIMM_CACHE = re.compile(r"_.*_tarinfos\.pickle")
+_PNG_COMPRESSION = 3  # half the time of zlib's default for a few per cent more bytes
+#: What the engine goes on from: tensors and JSON values.
+State = tuple[Mapping[str, Tensor], Mapping[str, Any]]
+_PENDING = ("pending.images", "pending.labels", "pending.logits")
+
+
+def _png(image: np.ndarray[Any, Any]) -> bytes:
+    """Encode one uint8 ``[C, H, W]`` image."""
+    pixels = np.ascontiguousarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=_PNG_COMPRESSION)
+    return buffer.getvalue()
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return one text a differing key, ``"config.seed (there 0, now 1)"``, of two nested mappings."""
+    before, now = _flatten(plain_json(old)), _flatten(plain_json(new))
+
+    def shown(flat: Mapping[str, Any], key: str) -> str:
+        text = json.dumps(flat[key], ensure_ascii=False) if key in flat else "not set"
+        return text if len(text) <= 60 else text[:57] + "..."
+
+    return [
+        f"{key} (there {shown(before, key)}, now {shown(now, key)})"
+        for key in sorted(before.keys() | now.keys())
+        if (key in before, before.get(key)) != (key in now, now.get(key))
+    ]
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """What the engine handed over with the last whole shard: tensors (on the CPU) and JSON values, as given."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+class DatasetWriter:
+    """Writes a set, shard by shard; every shard that the manifest names is whole, whatever happens later.
+
+    Images are buffered by :meth:`add`; :meth:`flush_shard` writes the whole shards among them, keeps the rest with the
+    caller's state, and so marks a point from which :meth:`resume` goes on exactly. As a context manager it gives the
+    folder up on leaving; after an exception before the first shard it also removes the folder it made.
+
+    Args:
+        directory: the set's folder: missing, empty, or (``overwrite``) an earlier set. An earlier set is removed only
+            when the first shard of the new one is whole.
+        class_names: by class index, or None.
+        num_classes: how many classes.
+        input_size: (C, H, W) of every image.
+        shard_size: images per tar.
+        header: everything that decides what the images are, ready for JSON: config, teacher, seed. A resumed run
+            must bring the same.
+        overwrite: replace an earlier set.
+        resume: go on with an earlier set: what :meth:`resume` is short for.
+
+    Attributes:
+        state: what came with the last whole shard of a resumed set; None for a new one.
+        complete: whether an earlier run closed the set and nothing was added since.
+
+    Raises:
+        UsageError: the folder is in use, not writable, or holds files that are not this set's.
+        FastDFKDError: later, by any method that writes: the disk is full.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        class_names: Sequence[str] | None,
+        num_classes: int,
+        input_size: tuple[int, int, int],
+        shard_size: int,
+        header: Mapping[str, Any],
+        overwrite: bool = False,
+        resume: bool = False,
+    ) -> None:
+        if shard_size < 1:
+            raise UsageError(f"--shard-size must be 1 or more, not {shard_size}.")
+        if input_size[0] not in IMAGE_MODES:
+            raise UsageError(f"Images of 1 to 4 channels can be stored, not of {input_size[0]}.")
+        self.directory = Path(directory)
+        self.folders = class_folders(num_classes, class_names)
+        self.num_classes, self.input_size, self.shard_size = num_classes, tuple(input_size), shard_size
+        self._identity: dict[str, Any] = plain_json(
+            {
+                "classes": self.folders,
+                "class_names": class_names,
+                "input_size": input_size,
+                "shard_size": shard_size,
+                "header": header,
+            }
+        )
+        self._shards: list[dict[str, Any]] = []
+        self._counts = [0] * num_classes
+        self._state_files: dict[str, Any] | None = None
+        self.state: ResumeState | None = None
+        self._waiting: list[Sequence[Tensor]] = []  # images, labels, logits of no shard yet
+        self.complete = False
+        self._replaces = self._began = False
+        self._lock: int | None = None
+        self._made = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UsageError(f"--output {self.directory} is a file: name a folder.")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output {self.directory} cannot be made: {error.strerror}.") from error
+        if not os.access(self.directory, os.R_OK | os.W_OK | os.X_OK):
+            raise UsageError(f"--output {self.directory} is not writable: choose another folder.")
+        self._take_lock()
+        try:
+            self._start(overwrite, resume)
+        except BaseException:
+            self.release()
+            raise
+
+    @classmethod
+    def resume(cls, directory: str | Path, **settings: Any) -> DatasetWriter:
+        """Go on after the last whole shard of ``directory``; a missing or empty folder starts a new set.
+
+        What the engine needs is in :attr:`state`, what is done in :attr:`num_images` (with the images that wait for
+        their shard). The settings are those of a new set.
+
+        Raises:
+            UsageError: the set was begun with other settings (named), or the folder holds files that the manifest does
+                not know (named).
+            UnavailableError: the manifest, a shard or the state is damaged.
+        """
+        return cls(directory, **settings, resume=True)
+
+    def _start(self, overwrite: bool, resume: bool) -> None:
+        has_manifest = (self.directory / MANIFEST).exists()
+        if resume and has_manifest:
+            self._read_back()
+            self._drop_leftovers()
+            return
+        foreign = self._foreign()
+        if not foreign and not has_manifest:
+            # Marked as a set's, so that a run killed before its first shard can be resumed too.
+            self._drop_leftovers()
+            self._began = True
+            self._write_manifest([], self._counts, None, False, None)
+        elif resume:
+            raise UsageError(
+                f"--output {self.directory} holds no set to go on with, but other files ({named(foreign)}): "
+                "choose another folder."
+            )
+        elif not overwrite:
+            hint = " (to go on with it: --resume)" if is_dataset(self.directory) else ""
+            raise UsageError(f"--output {self.directory} is not empty{hint}: choose another folder.")
+        else:
+            check_replaceable(self.directory)
+            self._replaces = True
+
+    def _take_lock(self) -> None:
+        """Keep a second run out of the folder; the system frees the lock however this process ends."""
+        if _fcntl is None:
+            return
+        descriptor = os.open(self.directory, os.O_RDONLY)
+        try:
+            _fcntl.flock(descriptor, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):  # others: a file system without locks
+                raise UsageError(
+                    f"Another run is writing to {self.directory}: wait for it or choose another."
+                ) from error
+        else:
+            self._lock = descriptor
+
+    # What stands in the folder
+
+    def _known(self) -> set[str]:
+        """The files that belong to the set as the manifest has it."""
+        known = {MANIFEST, CLASSES, *SIDE_FILES} if (self.directory / MANIFEST).exists() else set()
+        for shard in self._shards:
+            known |= set(shard["files"])
+        if self._state_files is not None:
+            known |= set(self._state_files)
+        return known
+
+    def _foreign(self) -> list[str]:
+        """The files that are neither this set's nor leftovers of its unfinished shard."""
+        known = self._known()
+        return [
+            name
+            for name in files_below(self.directory)
+            if name not in known
+            and name.rsplit("/", 1)[-1] not in LITTER
+            and not _is_leftover(name)
+            and not (name in ("grids", "state") or (_GRID.fullmatch(name) and (self.directory / MANIFEST).exists()))
+        ]
+
+    def _drop_leftovers(self) -> None:
+        """Remove what an interrupted shard left: temporary names, and state that no manifest names."""
+        known = self._known()
+        known |= {_partial(Path(name)).name for name in known if not (self.directory / name).exists()}
+        with writing(self.directory):
+            for name in files_below(self.directory):
+                if name not in known and _is_leftover(name):
+                    path = self.directory / name
+                    path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def _read_back(self) -> None:
+        manifest = load_manifest(self.directory)
+        differences = _differences({key: manifest.get(key) for key in self._identity}, self._identity)
+        if differences:
+            shown = "; ".join(part.removeprefix("header.") for part in differences[:4])
+            more = f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
+            raise UsageError(
+                f"{self.directory} was begun with other settings: {shown}{more}. Give the same, or another --output."
+            )
+        self._shards = list(manifest["shards"])
+        self._counts = list(manifest["counts"])
+        self._state_files = manifest["state"]
+        self.complete = bool(manifest["complete"])
+        foreign = self._foreign()
+        if foreign:
+            raise UsageError(
+                f"{self.directory} holds files that its manifest does not know ({named(foreign)}): move them away, or "
+                "choose another --output."
+            )
+        for shard in self._shards:
+            for name, facts in shard["files"].items():
+                self._complete_rename(name, facts)
+                check_file(self.directory / name, facts, content=False)
+        if self._state_files is not None:
+            self._load_state()
+
+    def _complete_rename(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Finish what a run that was killed right after writing the manifest had left to do."""
+        path, partial = self.directory / name, _partial(self.directory / name)
+        if not path.exists() and partial.exists() and sha256_file(partial) == facts["sha256"]:
+            with writing(path):
+                os.replace(partial, path)
+
+    def _load_state(self) -> None:
+        assert self._state_files is not None
+        tensors: dict[str, Tensor] = {}
+        values: dict[str, Any] = {}
+        for name, facts in self._state_files.items():
+            path = self.directory / name
+            check_file(path, facts)
+            if path.suffix == ".json":
+                values = json.loads(path.read_text(encoding="utf-8"))
+            else:
+                tensors = safetensors.torch.load_file(path)
+        if _PENDING[0] in tensors:
+            self._waiting = [[tensors.pop(name) for name in _PENDING]]
+        self.state = ResumeState(tensors, values)
+
+    # What the engine sees
+
+    @property
+    def num_images(self) -> int:
+        """Images added so far, those of the earlier runs included."""
+        return self.num_written + self.num_buffered
+
+    @property
+    def num_written(self) -> int:
+        """Images in whole shards."""
+        return sum(int(shard["images"]) for shard in self._shards)
+
+    @property
+    def num_buffered(self) -> int:
+        """Images that wait for their shard."""
+        return sum(len(labels) for _, labels, _ in self._waiting)
+
+    @property
+    def full(self) -> bool:
+        """Whether at least one whole shard waits: time for :meth:`flush_shard`."""
+        return self.num_buffered >= self.shard_size
+
+    def add(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
+        """Take a batch: uint8 ``[B, C, H, W]``, classes ``[B]``, the teacher's logits ``[B, num_classes]``.
+
+        Logits are kept in float16 if they come in it, else in float32. Everything is copied to the CPU.
+
+        Raises:
+            ValueError: a shape, type or label that does not fit the set.
+        """
+        batch = len(images)
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.input_size:
+            raise ValueError(f"images must be uint8 [B, {self.input_size}], not {images.dtype} {tuple(images.shape)}")
+        if labels.shape != (batch,) or logits.shape != (batch, self.num_classes):
+            raise ValueError(f"labels {tuple(labels.shape)} or logits {tuple(logits.shape)} do not fit {batch} images")
+        labels = labels.detach().to("cpu", torch.int64, copy=True)
+        if batch and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise ValueError(f"labels must be in 0..{self.num_classes - 1}")
+        kind = torch.float16 if logits.dtype == torch.float16 else torch.float32
+        if self._waiting and self._waiting[0][2].dtype != kind:
+            raise ValueError(f"logits of {self._waiting[0][2].dtype} before and {kind} now")
+        self._waiting.append((images.detach().to("cpu", copy=True), labels, logits.detach().to("cpu", kind, copy=True)))
+        self.complete = False
+
+    def flush_shard(self, *, state: State | None = None) -> None:
+        """Write every whole shard that waits, then ``state`` with the images that still wait.
+
+        Args:
+            state: tensors (names without the prefix ``pending.``) and JSON values from which the engine can go on
+                after the images added so far. Without it a resumed run goes on after the last whole shard, with
+                nothing to start from.
+        """
+        written = self.num_buffered // self.shard_size
+        if written or state is not None:
+            self._commit([self.shard_size] * written, state)
+
+    def close(self, *, state: State | None = None, summary: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Write what still waits as a last, shorter shard, the pictures per class, and the final manifest.
+
+        Args:
+            state: as for :meth:`flush_shard`: with it the set can be made larger later.
+            summary: what the run wants to say of itself in the manifest (times, versions); no part of the settings.
+
+        Returns:
+            The manifest.
+        """
+        whole, rest = divmod(self.num_buffered, self.shard_size)
+        self._commit([self.shard_size] * whole + [rest] * (rest > 0), state, complete=True, summary=summary)
+        self._write_grids()
+        self.release()
+        return load_manifest(self.directory)
+
+    def release(self) -> None:
+        """Let other runs into the folder again. What was added since the last whole shard is dropped."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # it holds the set
+                folder.rmdir()
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not self._replaces:
+            self._give_up()
+        self.release()
+
+    def _give_up(self) -> None:
+        """Leave whole shards alone; without any shard or state, leave nothing."""
+        with contextlib.suppress(UnavailableError):
+            # The manifest on the disk decides: the interruption may have come right after it was replaced.
+            manifest = load_manifest(self.directory)
+            self._shards, self._state_files = manifest["shards"], manifest["state"]
+        self._drop_leftovers()
+        if self._began and not self._shards and self._state_files is None:
+            for name in (MANIFEST, CLASSES, *SIDE_FILES):
+                (self.directory / name).unlink(missing_ok=True)
+
+    # Writing
+
+    def _commit(
+        self,
+        sizes: Sequence[int],
+        state: State | None,
+        *,
+        complete: bool = False,
+        summary: Mapping[str, Any] | None = None,
+    ) -> None:
+        if self._replaces and not sizes and not complete:
+            return  # nothing is whole yet: the earlier set stays
+        images, labels, logits = (
+            [torch.cat(parts) for parts in zip(*self._waiting, strict=True)] if self._waiting else [torch.empty(0)] * 3
+        )
+        shards, counts = list(self._shards), list(self._counts)
+        start, first = 0, self.num_written
+        with writing(self.directory):
+            for size in sizes:
+                part = slice(start, start + size)
+                shards.append(self._write_shard(len(shards), first + start, images[part], labels[part], logits[part]))
+                for label, count in zip(*labels[part].unique(return_counts=True), strict=True):
+                    counts[int(label)] += int(count)
+                start += size
+            if self._replaces:
+                self._remove_old()
+            # Copies: views would keep the whole batch in memory.
+            rest = [part[start:].clone(memory_format=torch.contiguous_format) for part in (images, labels, logits)]
+            state_files = None
+            if state is not None:
+                state_files = self._write_state(first + len(labels), state, rest)
+            self._write_manifest(shards, counts, state_files, complete, summary)
+            for shard in shards[len(self._shards) :]:
+                for name in shard["files"]:
+                    os.replace(_partial(self.directory / name), self.directory / name)
+        self._shards, self._counts, self._state_files, self.complete = shards, counts, state_files, complete
+        self._waiting = [rest] if len(rest[1]) else []
+        self._drop_leftovers()
+
+    def _write_manifest(
+        self,
+        shards: Sequence[Mapping[str, Any]],
+        counts: Sequence[int],
+        state_files: Mapping[str, Any] | None,
+        complete: bool,
+        summary: Mapping[str, Any] | None,
+    ) -> None:
+        manifest = {
+            OWNER_KEY: __version__,
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "complete": complete,
+            "num_images": sum(int(shard["images"]) for shard in shards),
+            "num_classes": self.num_classes,
+            "counts": list(counts),
+            **self._identity,
+            "summary": dict(summary or {}),
+            "shards": list(shards),
+            "state": state_files,
+        }
+        write_bytes(self.directory / CLASSES, "".join(f"{name}\n" for name in self.folders).encode())
+        write_json(self.directory / MANIFEST, manifest)
+
+    def _write_shard(self, index: int, first: int, images: Tensor, labels: Tensor, logits: Tensor) -> dict[str, Any]:
+        tar_path = self.directory / f"train-{index:05d}.tar"
+        with (
+            _synced(_partial(tar_path)) as file,
+            tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
+            for offset, (image, label) in enumerate(zip(images.numpy(), labels.tolist(), strict=True)):
+                content = _png(image)
+                # A fresh TarInfo has mtime, uid and gid 0 and no names: the same images give the same bytes.
+                member = tarfile.TarInfo(f"{self.folders[label]}/{first + offset:08d}.png")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        tensor_path = tar_path.with_suffix(".safetensors")
+        with _synced(_partial(tensor_path)) as file:
+            file.write(safetensors.torch.save({"logits": logits.contiguous(), "labels": labels.contiguous()}))
+        files = {path.name: _facts(_partial(path)) for path in (tar_path, tensor_path)}
+        return {"images": len(labels), "first": first, "files": files}
+
+    def _write_state(self, position: int, state: State, rest: Sequence[Tensor]) -> dict[str, Any]:
+        tensors, values = state
+        if any(name.startswith("pending.") for name in tensors):
+            raise ValueError("state tensors may not be named pending.*")
+        content = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        content |= {name: tensor for name, tensor in zip(_PENDING, rest, strict=True) if len(tensor)}
+        folder = self.directory / "state"
+        folder.mkdir(exist_ok=True)
+        # Numbered by position: the manifest's replacement decides, in one step, which one counts. The same position
+        # is written again only with nothing added in between, and then the two are equally good.
+        paths = (folder / f"{position:08d}.safetensors", folder / f"{position:08d}.json")
+        write_bytes(paths[0], safetensors.torch.save(content))
+        write_json(paths[1], values)
+        return {f"state/{path.name}": _facts(path) for path in paths}
+
+    def _remove_old(self) -> None:
+        """Delete the set that ``overwrite`` replaces; the manifest goes first, so that it never names missing files."""
+        check_replaceable(self.directory)
+        self._replaces = False
+        (self.directory / MANIFEST).unlink(missing_ok=True)
+        for name in files_below(self.directory):
+            path = self.directory / name
+            if not _PARTIAL.fullmatch(name) and path.name not in LITTER and not path.is_dir():
+                path.unlink()
+        for folder in ("grids", "state"):
+            shutil.rmtree(self.directory / folder, ignore_errors=True)
+
+    def _write_grids(self) -> None:
+        """Write a picture per class of its first images, read back from the shards."""
+        wanted: dict[str, list[Tensor]] = {folder: [] for folder in self.folders}
+        missing = {name: min(GRID_IMAGES, count) for name, count in zip(self.folders, self._counts, strict=True)}
+        folder = self.directory / "grids"
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            for path in folder.iterdir():
+                if _GRID.fullmatch(f"grids/{path.name}"):
+                    path.unlink()
+            for shard in self._shards:
+                if not any(missing.values()):
+                    break
+                tar_name = next(name for name in shard["files"] if name.endswith(".tar"))
+                for file in images_in_tar(self.directory / tar_name):
+                    name = file.label
+                    if missing.get(name):
+                        missing[name] -= 1
+                        wanted[name].append(pixels(Image.open(io.BytesIO(file.read()))))
+                        if not missing[name]:  # written at once: a thousand classes need not wait in memory
+                            write_grid(folder / f"{name}.png", torch.stack(wanted.pop(name)), columns=GRID_COLUMNS)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+@contextlib.contextmanager
+def _synced(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that is on the disk when the block ends."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_leftover(name: str) -> bool:
+    """Whether an interrupted shard leaves such a file, or timm, whose cache is stale once the set grows."""
+    return any(pattern.fullmatch(name) for pattern in (_PARTIAL, STATE_FILE, _TIMM_CACHE))
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
