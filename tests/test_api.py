@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastdfkd_cli import api, distill, evaluate, plan_distill, plan_synthesize, synthesize
-from fastdfkd_cli.api import ModelOptions, _override
 from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.errors import FastDFKDError, UsageError
+from fastdfkd_cli.job import override
 from fastdfkd_cli.methods.fast_meta import FastMeta
+from fastdfkd_cli.models import ModelOptions
 from fastdfkd_cli.recipes import get_recipe
 from fastdfkd_cli.records import Record
 from tiny import CLASSES, SIZE, TinyNet, assert_same_state, config, net, state_of
@@ -191,7 +192,7 @@ def test_the_callers_random_state_stays() -> None:
     ],
 )
 def test_budgets_keep_the_shares(overrides: dict[str, Any], expected: tuple[int, ...]) -> None:
-    found = _override(get_recipe("cifar10-wrn402-wrn162-k5").config(SIZE), overrides)
+    found = override(get_recipe("cifar10-wrn402-wrn162-k5").config(SIZE), overrides)
     schedule = found.schedule
     assert (
         schedule.rounds, schedule.warmup_rounds, schedule.final_rounds, found.synthesis.generator_reset_after
@@ -200,14 +201,14 @@ def test_budgets_keep_the_shares(overrides: dict[str, Any], expected: tuple[int,
 
 @pytest.mark.parametrize("images", [1000, 3000, 10_000, 50_000, 140_000])
 def test_a_budget_of_images_is_exact_with_final_rounds_too(images: int) -> None:
-    found = _override(get_recipe("imagenet-resnet50-resnet18-k50").config((3, 224, 224)), {"images": images})
+    found = override(get_recipe("imagenet-resnet50-resnet18-k50").config((3, 224, 224)), {"images": images})
     assert found.synthetic_images == images
     assert found.schedule.final_rounds / found.schedule.rounds == pytest.approx(260 / 400, abs=0.1)
 
 
 @pytest.mark.parametrize("images", [1, 300, 1100, 56_320, 99_999])
 def test_a_budget_of_images_is_kept_to_half_a_batch(images: int) -> None:
-    found = _override(get_recipe("auto").config(SIZE), {"images": images})
+    found = override(get_recipe("auto").config(SIZE), {"images": images})
     assert abs(found.synthetic_images - max(images, 256)) <= 128
 
 
@@ -225,7 +226,7 @@ def test_a_budget_of_images_is_kept_to_half_a_batch(images: int) -> None:
 )
 def test_budgets_that_make_no_sense(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        _override(RunConfig(), overrides)
+        override(RunConfig(), overrides)
 
 
 def test_a_run_makes_exactly_what_it_was_asked_for() -> None:

@@ -35,6 +35,7 @@ LAYERS = (
     {"bn_stats", "data", "models", "pool"},
     {"dataset", "export", "methods"},
     {"distillation", "evaluation", "plan", "quality", "synthesis"},
+    {"job"},
     {"api", "console"},
     {"cli"},
     {"__main__"},

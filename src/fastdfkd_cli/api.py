@@ -6,9 +6,7 @@ progress goes to ``on_record`` and remarks to ``on_message``.
 
 from __future__ import annotations
 
-import copy
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -20,25 +18,32 @@ import torch
 from torch import nn
 
 from fastdfkd_cli import __version__, evaluation
-from fastdfkd_cli.bn_stats import batch_norm_layers
-from fastdfkd_cli.config import RunConfig, from_dict, to_dict
+from fastdfkd_cli.config import RunConfig, to_dict
 from fastdfkd_cli.data import EvaluationData, open_evaluation_data
 from fastdfkd_cli.dataset import DatasetWriter, SyntheticSet, read_dataset
-from fastdfkd_cli.distillation import DEFAULT_POOL_IMAGES, Distillation
+from fastdfkd_cli.distillation import Distillation
 from fastdfkd_cli.errors import UsageError
 from fastdfkd_cli.export import export_student, verify_export, write_samples
+from fastdfkd_cli.job import (
+    Job,
+    Model,
+    OnMessage,
+    bounded_pool,
+    copied,
+    cost_line,
+    plan_of,
+    prepare,
+    silent,
+    with_names,
+)
 from fastdfkd_cli.methods import build_method
-from fastdfkd_cli.models import LoadedModel, ModelOptions, check_forward, load_student, load_teacher
-from fastdfkd_cli.models.files import unwrapped
+from fastdfkd_cli.models import ModelOptions, check_forward, load_teacher
 from fastdfkd_cli.output import StagedDirectory, write_json
-from fastdfkd_cli.plan import distillation_plan, model_size, synthesis_plan
+from fastdfkd_cli.plan import model_size, synthesis_plan
 from fastdfkd_cli.pool import ImagePool
 from fastdfkd_cli.quality import Quality, QualitySignal
-from fastdfkd_cli.recipes import get_recipe
 from fastdfkd_cli.records import Record
 from fastdfkd_cli.runtime import (
-    available_memory,
-    default_amp,
     describe_device,
     deterministic_algorithms,
     peak_memory,
@@ -47,10 +52,7 @@ from fastdfkd_cli.runtime import (
 )
 from fastdfkd_cli.synthesis import Synthesis, burn_in_batches, header
 
-Model = str | nn.Module
 OnRecord = Callable[[Record], None]
-OnMessage = Callable[[str], None]
-
 #: Images in samples.png, and on which the export is compared with the student that was trained.
 SAMPLES = 80
 
@@ -74,169 +76,6 @@ class SynthesizeResult:
     path: Path
     #: What ``manifest.json`` holds.
     manifest: dict[str, Any]
-
-
-@dataclass
-class _Machine:
-    device: torch.device
-    amp: bool
-
-    @classmethod
-    def choose(cls, device: str, amp: bool | None, say: OnMessage) -> _Machine:
-        chosen = resolve_device(device)
-        machine = cls(chosen, default_amp(chosen) if amp is None else amp)
-        if machine.amp and chosen.type == "mps":
-            raise UsageError("--amp is not offered on mps: bf16 autocast is incomplete there. Use --no-amp.")
-        say(f"device {describe_device(chosen)}, {'bf16' if machine.amp else 'float32'}")
-        return machine
-
-    def place(self, model: LoadedModel) -> nn.Module:
-        """The model as the engines want it: images in [0, 1] -> logits, channels-last, on the device."""
-        return model.normalized().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-@dataclass
-class _Job:
-    """The two models, the settings and the machine of one run, checked."""
-
-    machine: _Machine
-    config: RunConfig
-    teacher: LoadedModel
-    student: LoadedModel | None
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        return self.teacher.input.size
-
-    def keywords(self) -> dict[str, Any]:
-        return {
-            "image_size": self.size,
-            "num_classes": self.teacher.num_classes,
-            "device": self.machine.device,
-            "amp": self.machine.amp,
-        }
-
-
-def _prepare(
-    teacher: Model,
-    student: Model | None,
-    teacher_options: ModelOptions,
-    student_options: ModelOptions,
-    recipe: str,
-    config: RunConfig | None,
-    overrides: Mapping[str, Any] | None,
-    device: str,
-    amp: bool | None,
-    say: OnMessage,
-    *,
-    trains: bool,
-    given: bool = False,
-) -> _Job:
-    """Load and check everything that can be wrong before any work is done."""
-    if config is None and recipe != "auto":
-        get_recipe(recipe)  # a typing error should not wait for a download
-    machine = _Machine.choose(device, amp, say)
-    loaded = load_teacher(_copied(teacher), teacher_options)
-    say(f"teacher {loaded.name}{f' at {loaded.revision}' if loaded.revision else ''}")
-    check_forward(loaded)
-    loaded.module.eval().requires_grad_(False)
-    settings = config if config is not None else get_recipe(recipe).config(loaded.input.size)
-    settings = _override(settings, overrides or {})
-    say(f"recipe {settings.recipe}, seed {settings.seed}")
-    if not given or settings.quality_images:
-        _check_synthesis(settings, loaded, machine.device)
-    pupil = None
-    if student is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)  # a student from scratch starts the same for the same seed
-            if trains:
-                pupil = load_student(student, student_options, like=loaded)
-            else:
-                pupil = _opponent(student, student_options, loaded)
-        say(f"student {pupil.name}")
-        check_forward(pupil)
-    return _Job(machine, settings, loaded, pupil)
-
-
-def _copied(model: Model) -> Model:
-    """A caller's own module is left as it is: evaluation mode, freezing, moving and memory format go to a copy."""
-    return copy.deepcopy(unwrapped(model)) if isinstance(model, nn.Module) else model
-
-
-def _opponent(student: Model, options: ModelOptions, teacher: LoadedModel) -> LoadedModel:
-    """A student that `synthesize` plays against: its own weights if it has any, and the teacher's classes and input."""
-    loaded = load_student(_copied(student), options, like=teacher)
-    loaded.module.requires_grad_(False)
-    return loaded
-
-
-def _override(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
-    """Put settings on a recipe, then a budget: ``rounds``, or ``images`` for the rounds that make so many."""
-    settings = dict(overrides)
-    images, rounds = settings.pop("images", None), settings.pop("rounds", None)
-    before = config
-    config = from_dict({k: v for k, v in settings.items() if k != "schedule.rounds"}, base=_loose(config, settings))
-    if "schedule.rounds" in settings:
-        config = _with_rounds(config, settings["schedule.rounds"], before, stated=settings)
-    if images is not None and rounds is not None:
-        raise UsageError("images and rounds set the same budget: give one of them.")
-    if images is not None:
-        if isinstance(images, bool) or not isinstance(images, int | float) or images < 1:
-            raise UsageError(f"images must be 1 or more, not {images!r}.")
-        per_round = config.synthesis.batch_size * config.schedule.batches_per_round
-        synthesis = max(round(images / per_round), 1)
-        rounds = round(synthesis * config.schedule.rounds / config.schedule.synthesis_rounds)
-        config = _with_rounds(config, rounds, config, stated={})
-        # Shares are rounded; the images that were asked for are not.
-        exact = {
-            "schedule.final_rounds": rounds - synthesis,
-            "schedule.warmup_rounds": min(config.schedule.warmup_rounds, synthesis - 1),
-        }
-        return from_dict(exact, base=config)
-    return config if rounds is None else _with_rounds(config, rounds, config, stated={})
-
-
-def _loose(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """Room for ``settings`` that are only consistent with the number of rounds that comes with them."""
-    if "schedule.rounds" not in settings:
-        return config
-    return from_dict({"schedule.rounds": 2**31, "schedule.warmup_rounds": 0, "schedule.final_rounds": 0}, base=config)
-
-
-def _with_rounds(config: RunConfig, rounds: Any, before: RunConfig, stated: Mapping[str, Any]) -> RunConfig:
-    """Another number of rounds: warm-up, final rounds and renewal keep the shares they had in ``before``, unless
-    they are stated themselves."""
-    values = {
-        "schedule.warmup_rounds": (config.schedule.warmup_rounds, before.schedule.warmup_rounds),
-        "schedule.final_rounds": (config.schedule.final_rounds, before.schedule.final_rounds),
-        "synthesis.generator_reset_after": (
-            config.synthesis.generator_reset_after,
-            before.synthesis.generator_reset_after,
-        ),
-    }
-    # Checked as any other value, before it is used as a number.
-    probe = {"schedule.rounds": rounds, "schedule.warmup_rounds": 0, "schedule.final_rounds": 0}
-    count = from_dict(probe, base=config).schedule.rounds
-    scaled = {
-        key: now if key in stated else earlier * count // before.schedule.rounds
-        for key, (now, earlier) in values.items()
-    }
-    return from_dict({"schedule.rounds": count, **scaled}, base=config)
-
-
-def _check_synthesis(config: RunConfig, teacher: LoadedModel, device: torch.device) -> None:
-    if config.deterministic and device.type == "cuda" and config.synthesis.augmentation == "resized-crop-flip":
-        raise UsageError(
-            "--deterministic: torch has no repeatable derivative of a resized crop on CUDA. Give "
-            "--set synthesis.augmentation=crop-flip, or run on the CPU."
-        )
-    if teacher.input.size[0] > 4:
-        raise UsageError(f"{teacher.name} takes {teacher.input.size[0]} channels; images of 1 to 4 can be made.")
-    if config.synthesis.feature_weight > 0 and not batch_norm_layers(teacher.module):
-        raise UsageError(
-            f"{teacher.name} has no BatchNorm layers, whose statistics the feature term needs. Choose another teacher, "
-            "or switch the term off: --set synthesis.feature_weight=0 (images will be poorer)."
-        )
 
 
 def distill(
@@ -284,11 +123,11 @@ def distill(
         FastDFKDError: the run failed.
     """
     started = time.perf_counter()
-    say = on_message or _silent
+    say = on_message or silent
     with ExitStack() as stack:
         if output is not None:
             StagedDirectory(output, overwrite).check()
-        job = _prepare(
+        job = prepare(
             teacher,
             student,
             teacher_options or ModelOptions(),
@@ -307,7 +146,7 @@ def distill(
         given = _read_given(data_dir, job)
         stack.enter_context(deterministic_algorithms(job.config.deterministic))
         if on_message is not None:
-            say(_cost(_plan(job, given), job.config))
+            say(cost_line(plan_of(job, given), job.config))
         # Dropout and the like draw from the global state: it follows from the seed while the run lasts.
         cuda = [job.machine.device] if job.machine.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
@@ -360,7 +199,7 @@ class _RecordLog:
 
 
 def _distil(
-    job: _Job, given: SyntheticSet | None, say: OnMessage, log: _RecordLog
+    job: Job, given: SyntheticSet | None, say: OnMessage, log: _RecordLog
 ) -> tuple[Distillation, Quality | None]:
     """Synthesis and distillation, then the quality signal."""
     assert job.student is not None
@@ -370,7 +209,7 @@ def _distil(
         torch.cuda.reset_peak_memory_stats(device)
     synthesizer, pool = None, None
     if given is None:
-        job.config = _bounded_pool(job, say)
+        job.config = bounded_pool(job, say)
         synthesizer = build_method(job.config, teacher, **job.keywords())
     else:
         pool = ImagePool(job.size, len(given.images), device)
@@ -397,21 +236,7 @@ def _distil(
     return run, signal.result
 
 
-def _bounded_pool(job: _Job, say: OnMessage) -> RunConfig:
-    """Keep the pool to half of the free memory; the oldest images make room, and the user is told."""
-    config = job.config
-    timed = config.schedule.time_budget is not None
-    wanted = config.pool_size or (DEFAULT_POOL_IMAGES if timed else config.synthetic_images)
-    channels, height, width = job.size
-    fits = available_memory(job.machine.device) // 2 // (channels * height * width)
-    fits = max(fits, config.synthesis.batch_size)
-    if wanted <= fits:
-        return config
-    say(f"the pool is kept to {fits:,} images, half of the free memory: the oldest make room for new ones")
-    return replace(config, pool_size=fits)
-
-
-def _read_given(data_dir: str | Path | None, job: _Job) -> SyntheticSet | None:
+def _read_given(data_dir: str | Path | None, job: Job) -> SyntheticSet | None:
     if data_dir is None:
         return None
     given = read_dataset(data_dir, input_size=job.size, interpolation=job.teacher.input.interpolation)
@@ -424,7 +249,7 @@ def _read_given(data_dir: str | Path | None, job: _Job) -> SyntheticSet | None:
     return given
 
 
-def _open_judge(eval_data: str | None, eval_dataset: str | None, eval_split: str, job: _Job) -> EvaluationData | None:
+def _open_judge(eval_data: str | None, eval_dataset: str | None, eval_split: str, job: Job) -> EvaluationData | None:
     """Open the real images before the run, so that a typing error does not show after it."""
     if eval_data is None and eval_dataset is None:
         return None
@@ -433,7 +258,7 @@ def _open_judge(eval_data: str | None, eval_dataset: str | None, eval_split: str
     return data.aligned(job.student.num_classes, job.student.class_names)
 
 
-def _judge(job: _Job, data: EvaluationData | None, say: OnMessage, log: _RecordLog) -> dict[str, Any] | None:
+def _judge(job: Job, data: EvaluationData | None, say: OnMessage, log: _RecordLog) -> dict[str, Any] | None:
     if data is None:
         return None
     assert job.student is not None
@@ -446,7 +271,7 @@ def _judge(job: _Job, data: EvaluationData | None, say: OnMessage, log: _RecordL
 
 
 def _report(
-    job: _Job,
+    job: Job,
     run: Distillation,
     given: SyntheticSet | None,
     quality: Quality | None,
@@ -481,7 +306,7 @@ def _report(
     }
 
 
-def _export(folder: Path, job: _Job, run: Distillation, report: dict[str, Any], say: OnMessage) -> None:
+def _export(folder: Path, job: Job, run: Distillation, report: dict[str, Any], say: OnMessage) -> None:
     """Write the student's folder, then open it as a stranger would and compare."""
     assert job.student is not None
     job.student.module.to("cpu")
@@ -530,12 +355,12 @@ def synthesize(
     Raises:
         As :func:`distill`.
     """
-    say = on_message or _silent
+    say = on_message or silent
     if num_images < 1:
         raise UsageError(f"num_images must be 1 or more, not {num_images}.")
     if resume and overwrite:
         raise UsageError("resume and overwrite exclude each other.")
-    job = _prepare(
+    job = prepare(
         teacher,
         student,
         teacher_options or ModelOptions(),
@@ -604,14 +429,14 @@ def evaluate(
 
     See :func:`fastdfkd_cli.evaluation.evaluate_model` and :func:`fastdfkd_cli.data.open_evaluation_data`.
     """
-    say = on_message or _silent
+    say = on_message or silent
     data = open_evaluation_data(data_dir=data_dir, dataset=dataset, split=split)
     machine_device = resolve_device(device)
-    loaded = load_teacher(_copied(model), options or ModelOptions(), role="model")
+    loaded = load_teacher(copied(model), options or ModelOptions(), role="model")
     check_forward(loaded)
     beside = None
     if teacher is not None:
-        beside = load_teacher(_copied(teacher), teacher_options or ModelOptions())
+        beside = load_teacher(copied(teacher), teacher_options or ModelOptions())
         check_forward(beside)
     result = evaluation.drain(
         evaluation.evaluate_model(
@@ -654,10 +479,10 @@ def plan_distill(
     on_message: OnMessage | None = None,
 ) -> dict[str, Any]:
     """What :func:`distill` would do with the same arguments, and what it would cost; nothing is written."""
-    say = on_message or _silent
+    say = on_message or silent
     if output is not None:
         StagedDirectory(output, overwrite).check()
-    job = _prepare(
+    job = prepare(
         teacher,
         student,
         teacher_options or ModelOptions(),
@@ -674,8 +499,8 @@ def plan_distill(
     assert job.student is not None
     _open_judge(eval_data, eval_dataset, eval_split, job)
     given = _read_given(data_dir, job)
-    plan = _plan(job, given)
-    return _with_names(plan, job, output)
+    plan = plan_of(job, given)
+    return with_names(plan, job, output)
 
 
 def plan_synthesize(
@@ -698,10 +523,10 @@ def plan_synthesize(
     on_message: OnMessage | None = None,
 ) -> dict[str, Any]:
     """What :func:`synthesize` would do with the same arguments, and what it would cost; nothing is written."""
-    say = on_message or _silent
+    say = on_message or silent
     if not resume:
         StagedDirectory(output, overwrite).check()
-    job = _prepare(
+    job = prepare(
         teacher,
         student,
         teacher_options or ModelOptions(),
@@ -722,52 +547,7 @@ def plan_synthesize(
         **job.keywords(),
     )
     plan["shards"] = -(-num_images // shard_size)
-    return _with_names(plan, job, output)
-
-
-def _plan(job: _Job, given: SyntheticSet | None) -> dict[str, Any]:
-    assert job.student is not None
-    return distillation_plan(
-        job.config if given is not None else _bounded_pool(job, _silent),
-        job.machine.place(job.teacher),
-        job.machine.place(job.student),
-        pool_images=len(given.images) if given is not None else None,
-        **job.keywords(),
-    )
-
-
-def _cost(plan: Mapping[str, Any], config: RunConfig) -> str:
-    """What a run is about to cost, in one line."""
-    seconds = plan["seconds"]["total"]
-    expected = f"about {seconds / 3600:.1f} hours" if seconds > 5400 else f"about {max(seconds, 1):.0f} seconds"
-    if config.schedule.time_budget is not None:
-        expected = f"a time budget of {config.schedule.time_budget:.0f} seconds"
-    return (
-        f"expecting {expected}: {plan['synthetic_images']:,} images in {plan['inner_steps']:,} synthesis steps, "
-        f"{plan['kd_steps']:,} KD steps, {plan['memory_bytes'] / 2**30:.1f} GiB of memory"
-    )
-
-
-def _with_names(plan: dict[str, Any], job: _Job, output: str | Path | None) -> dict[str, Any]:
-    plan["teacher"] = {**job.teacher.describe(), **plan["teacher"]}
-    if job.student is not None:
-        plan["student"] = {**job.student.describe(), **plan.get("student", {})}
-    where = Path(output) if output is not None else Path.cwd()
-    while not where.exists():
-        where = where.parent
-    return {
-        "recipe": job.config.recipe,
-        "device": describe_device(job.machine.device),
-        "amp": job.machine.amp,
-        "output": str(output) if output is not None else None,
-        **plan,
-        "disk_free_bytes": shutil.disk_usage(where).free,
-        "config": to_dict(job.config),
-    }
-
-
-def _silent(_: str) -> None:
-    """Where nobody listens."""
+    return with_names(plan, job, output)
 
 
 __all__ = [

@@ -1,0 +1,268 @@
+"""From a request to a job: models loaded, settings resolved, everything checked before any work is done.
+
+:mod:`fastdfkd_cli.api` turns the arguments of its functions into a :class:`Job` here, and hands it to the engines.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdfkd_cli.bn_stats import batch_norm_layers
+from fastdfkd_cli.config import RunConfig, from_dict, to_dict
+from fastdfkd_cli.dataset import SyntheticSet
+from fastdfkd_cli.distillation import DEFAULT_POOL_IMAGES
+from fastdfkd_cli.errors import UsageError
+from fastdfkd_cli.models import LoadedModel, ModelOptions, check_forward, load_student, load_teacher
+from fastdfkd_cli.models.files import unwrapped
+from fastdfkd_cli.plan import distillation_plan
+from fastdfkd_cli.recipes import get_recipe
+from fastdfkd_cli.runtime import available_memory, default_amp, describe_device, resolve_device
+
+Model = str | nn.Module
+OnMessage = Callable[[str], None]
+
+
+@dataclass
+class Machine:
+    device: torch.device
+    amp: bool
+
+    @classmethod
+    def choose(cls, device: str, amp: bool | None, say: OnMessage) -> Machine:
+        chosen = resolve_device(device)
+        machine = cls(chosen, default_amp(chosen) if amp is None else amp)
+        if machine.amp and chosen.type == "mps":
+            raise UsageError("--amp is not offered on mps: bf16 autocast is incomplete there. Use --no-amp.")
+        say(f"device {describe_device(chosen)}, {'bf16' if machine.amp else 'float32'}")
+        return machine
+
+    def place(self, model: LoadedModel) -> nn.Module:
+        """The model as the engines want it: images in [0, 1] -> logits, channels-last, on the device."""
+        return model.normalized().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+@dataclass
+class Job:
+    """The two models, the settings and the machine of one run, checked."""
+
+    machine: Machine
+    config: RunConfig
+    teacher: LoadedModel
+    student: LoadedModel | None
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.teacher.input.size
+
+    def keywords(self) -> dict[str, Any]:
+        return {
+            "image_size": self.size,
+            "num_classes": self.teacher.num_classes,
+            "device": self.machine.device,
+            "amp": self.machine.amp,
+        }
+
+
+def prepare(
+    teacher: Model,
+    student: Model | None,
+    teacher_options: ModelOptions,
+    student_options: ModelOptions,
+    recipe: str,
+    config: RunConfig | None,
+    overrides: Mapping[str, Any] | None,
+    device: str,
+    amp: bool | None,
+    say: OnMessage,
+    *,
+    trains: bool,
+    given: bool = False,
+) -> Job:
+    """Load and check everything that can be wrong before any work is done."""
+    if config is None and recipe != "auto":
+        get_recipe(recipe)  # a typing error should not wait for a download
+    machine = Machine.choose(device, amp, say)
+    loaded = load_teacher(copied(teacher), teacher_options)
+    say(f"teacher {loaded.name}{f' at {loaded.revision}' if loaded.revision else ''}")
+    check_forward(loaded)
+    loaded.module.eval().requires_grad_(False)
+    settings = config if config is not None else get_recipe(recipe).config(loaded.input.size)
+    settings = override(settings, overrides or {})
+    say(f"recipe {settings.recipe}, seed {settings.seed}")
+    if not given or settings.quality_images:
+        _check_synthesis(settings, loaded, machine.device)
+    pupil = None
+    if student is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)  # a student from scratch starts the same for the same seed
+            if trains:
+                pupil = load_student(student, student_options, like=loaded)
+            else:
+                pupil = _opponent(student, student_options, loaded)
+        say(f"student {pupil.name}")
+        check_forward(pupil)
+    return Job(machine, settings, loaded, pupil)
+
+
+def copied(model: Model) -> Model:
+    """A caller's own module is left as it is: evaluation mode, freezing, moving and memory format go to a copy."""
+    return copy.deepcopy(unwrapped(model)) if isinstance(model, nn.Module) else model
+
+
+def _opponent(student: Model, options: ModelOptions, teacher: LoadedModel) -> LoadedModel:
+    """A student that `synthesize` plays against: its own weights if it has any, and the teacher's classes and input."""
+    loaded = load_student(copied(student), options, like=teacher)
+    loaded.module.requires_grad_(False)
+    return loaded
+
+
+def override(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+    """Put settings on a recipe, then a budget: ``rounds``, or ``images`` for the rounds that make so many."""
+    settings = dict(overrides)
+    images, rounds = settings.pop("images", None), settings.pop("rounds", None)
+    before = config
+    config = from_dict({k: v for k, v in settings.items() if k != "schedule.rounds"}, base=_loose(config, settings))
+    if "schedule.rounds" in settings:
+        config = _with_rounds(config, settings["schedule.rounds"], before, stated=settings)
+    if images is not None and rounds is not None:
+        raise UsageError("images and rounds set the same budget: give one of them.")
+    if images is not None:
+        if isinstance(images, bool) or not isinstance(images, int | float) or images < 1:
+            raise UsageError(f"images must be 1 or more, not {images!r}.")
+        per_round = config.synthesis.batch_size * config.schedule.batches_per_round
+        synthesis = max(round(images / per_round), 1)
+        rounds = round(synthesis * config.schedule.rounds / config.schedule.synthesis_rounds)
+        config = _with_rounds(config, rounds, config, stated={})
+        # Shares are rounded; the images that were asked for are not.
+        exact = {
+            "schedule.final_rounds": rounds - synthesis,
+            "schedule.warmup_rounds": min(config.schedule.warmup_rounds, synthesis - 1),
+        }
+        return from_dict(exact, base=config)
+    return config if rounds is None else _with_rounds(config, rounds, config, stated={})
+
+
+def _loose(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """Room for ``settings`` that are only consistent with the number of rounds that comes with them."""
+    if "schedule.rounds" not in settings:
+        return config
+    return from_dict({"schedule.rounds": 2**31, "schedule.warmup_rounds": 0, "schedule.final_rounds": 0}, base=config)
+
+
+def _with_rounds(config: RunConfig, rounds: Any, before: RunConfig, stated: Mapping[str, Any]) -> RunConfig:
+    """Another number of rounds: warm-up, final rounds and renewal keep the shares they had in ``before``, unless
+    they are stated themselves."""
+    values = {
+        "schedule.warmup_rounds": (config.schedule.warmup_rounds, before.schedule.warmup_rounds),
+        "schedule.final_rounds": (config.schedule.final_rounds, before.schedule.final_rounds),
+        "synthesis.generator_reset_after": (
+            config.synthesis.generator_reset_after,
+            before.synthesis.generator_reset_after,
+        ),
+    }
+    # Checked as any other value, before it is used as a number.
+    probe = {"schedule.rounds": rounds, "schedule.warmup_rounds": 0, "schedule.final_rounds": 0}
+    count = from_dict(probe, base=config).schedule.rounds
+    scaled = {
+        key: now if key in stated else earlier * count // before.schedule.rounds
+        for key, (now, earlier) in values.items()
+    }
+    return from_dict({"schedule.rounds": count, **scaled}, base=config)
+
+
+def _check_synthesis(config: RunConfig, teacher: LoadedModel, device: torch.device) -> None:
+    if config.deterministic and device.type == "cuda" and config.synthesis.augmentation == "resized-crop-flip":
+        raise UsageError(
+            "--deterministic: torch has no repeatable derivative of a resized crop on CUDA. Give "
+            "--set synthesis.augmentation=crop-flip, or run on the CPU."
+        )
+    if teacher.input.size[0] > 4:
+        raise UsageError(f"{teacher.name} takes {teacher.input.size[0]} channels; images of 1 to 4 can be made.")
+    if config.synthesis.feature_weight > 0 and not batch_norm_layers(teacher.module):
+        raise UsageError(
+            f"{teacher.name} has no BatchNorm layers, whose statistics the feature term needs. Choose another teacher, "
+            "or switch the term off: --set synthesis.feature_weight=0 (images will be poorer)."
+        )
+
+
+def bounded_pool(job: Job, say: OnMessage) -> RunConfig:
+    """Keep the pool to half of the free memory; the oldest images make room, and the user is told."""
+    config = job.config
+    timed = config.schedule.time_budget is not None
+    wanted = config.pool_size or (DEFAULT_POOL_IMAGES if timed else config.synthetic_images)
+    channels, height, width = job.size
+    fits = available_memory(job.machine.device) // 2 // (channels * height * width)
+    fits = max(fits, config.synthesis.batch_size)
+    if wanted <= fits:
+        return config
+    say(f"the pool is kept to {fits:,} images, half of the free memory: the oldest make room for new ones")
+    return replace(config, pool_size=fits)
+
+
+def plan_of(job: Job, given: SyntheticSet | None) -> dict[str, Any]:
+    assert job.student is not None
+    return distillation_plan(
+        job.config if given is not None else bounded_pool(job, silent),
+        job.machine.place(job.teacher),
+        job.machine.place(job.student),
+        pool_images=len(given.images) if given is not None else None,
+        **job.keywords(),
+    )
+
+
+def cost_line(plan: Mapping[str, Any], config: RunConfig) -> str:
+    """What a run is about to cost, in one line."""
+    seconds = plan["seconds"]["total"]
+    expected = f"about {seconds / 3600:.1f} hours" if seconds > 5400 else f"about {max(seconds, 1):.0f} seconds"
+    if config.schedule.time_budget is not None:
+        expected = f"a time budget of {config.schedule.time_budget:.0f} seconds"
+    return (
+        f"expecting {expected}: {plan['synthetic_images']:,} images in {plan['inner_steps']:,} synthesis steps, "
+        f"{plan['kd_steps']:,} KD steps, {plan['memory_bytes'] / 2**30:.1f} GiB of memory"
+    )
+
+
+def with_names(plan: dict[str, Any], job: Job, output: str | Path | None) -> dict[str, Any]:
+    plan["teacher"] = {**job.teacher.describe(), **plan["teacher"]}
+    if job.student is not None:
+        plan["student"] = {**job.student.describe(), **plan.get("student", {})}
+    where = Path(output) if output is not None else Path.cwd()
+    while not where.exists():
+        where = where.parent
+    return {
+        "recipe": job.config.recipe,
+        "device": describe_device(job.machine.device),
+        "amp": job.machine.amp,
+        "output": str(output) if output is not None else None,
+        **plan,
+        "disk_free_bytes": shutil.disk_usage(where).free,
+        "config": to_dict(job.config),
+    }
+
+
+def silent(_: str) -> None:
+    """Where nobody listens."""
+
+
+__all__ = [
+    "Job",
+    "Machine",
+    "Model",
+    "OnMessage",
+    "bounded_pool",
+    "copied",
+    "cost_line",
+    "override",
+    "plan_of",
+    "prepare",
+    "silent",
+    "with_names",
+]
