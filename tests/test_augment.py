@@ -170,3 +170,11 @@ def test_the_papers_padding_at_32() -> None:
     middle = out[:, 0, 16, 16].long()
     assert (middle // 32 - 16).unique().tolist() == list(range(-4, 5))
     assert (middle % 32 - 16).unique().tolist() == list(range(-4, 5))
+
+
+def test_crops_do_not_lose_precision_under_autocast() -> None:
+    images = torch.rand(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    plain = resized_crop_flip(images, torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = resized_crop_flip(images, torch.Generator().manual_seed(1))
+    assert torch.equal(plain, lowered)

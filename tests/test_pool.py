@@ -100,3 +100,11 @@ def test_floats_are_rounded_not_cut_off() -> None:
     assert not found.requires_grad
     assert values[0] == 0  # and the images themselves stay as they are
     assert to_uint8(torch.tensor([0.5], dtype=torch.bfloat16)).tolist() == [128]
+
+
+def test_a_pool_of_given_images_is_no_copy_of_them() -> None:
+    images = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8)
+    pool = ImagePool.holding(images, torch.arange(5), torch.device("cpu"))
+    assert len(pool) == pool.newest == 5
+    assert pool.images.data_ptr() == images.data_ptr()
+    assert torch.equal(pool.labels, torch.arange(5))

@@ -112,6 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(f"{_DISK_ERRORS[error.errno]}{where}; make room or choose another folder with --output.")
         return 1
     except RuntimeError as error:
+        if "does not have a deterministic implementation" in str(error):
+            operator = str(error).partition(" does not have")[0]
+            print_error(
+                f"--deterministic: {operator} cannot be repeated on this device; leave it out, or --device cpu."
+            )
+            return 2
         # By its name: torch may not have been imported, and must not be for this.
         if type(error).__name__ != "OutOfMemoryError":
             raise

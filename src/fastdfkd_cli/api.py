@@ -212,8 +212,7 @@ def _distil(
         job.config = bounded_pool(job, say)
         synthesizer = build_method(job.config, teacher, **job.keywords())
     else:
-        pool = ImagePool(job.size, len(given.images), device)
-        pool.add(given.images, given.labels)
+        pool = ImagePool.holding(given.images, given.labels, device)
     run = Distillation(
         job.config,
         teacher,
@@ -309,7 +308,6 @@ def _report(
 def _export(folder: Path, job: Job, run: Distillation, report: dict[str, Any], say: OnMessage) -> None:
     """Write the student's folder, then open it as a stranger would and compare."""
     assert job.student is not None
-    job.student.module.to("cpu")
     count = min(SAMPLES, len(run.pool))
     # The latest images: what the teacher "remembers" once the generator has learned to ask.
     newest = (torch.arange(run.pool.newest - count, run.pool.newest) % len(run.pool)).to(run.pool.images.device)

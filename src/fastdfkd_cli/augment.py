@@ -7,6 +7,7 @@ Sizes follow the published runs (4 pixels of padding at 32, scale 0.75 to 1 at 2
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -61,10 +62,10 @@ def crop_flip(images: Tensor, rng: torch.Generator, *, padding: int, flip: bool 
         flip: whether to flip; digits and text should not be.
     """
     size, device = len(images), rng.device
-    dy = torch.randint(-padding, padding + 1, (size,), generator=rng, device=device).to(images.device)
-    dx = torch.randint(-padding, padding + 1, (size,), generator=rng, device=device).to(images.device)
+    dy = torch.randint(-padding, padding + 1, (size,), generator=rng, device=device)
+    dx = torch.randint(-padding, padding + 1, (size,), generator=rng, device=device)
     flips = torch.rand(size, generator=rng, device=device) < (0.5 if flip else 0.0)
-    return _Move.apply(images, dy, dx, flips.to(images.device))
+    return _Move.apply(images, *(draw.to(images.device, non_blocking=True) for draw in (dy, dx, flips)))
 
 
 def resized_crop_flip(images: Tensor, rng: torch.Generator, *, scale: tuple[float, float] = (0.75, 1.0)) -> Tensor:
@@ -77,9 +78,9 @@ def resized_crop_flip(images: Tensor, rng: torch.Generator, *, scale: tuple[floa
         scale: smallest and largest share of the area.
     """
     size, device = len(images), rng.device
-    draw = torch.rand(5, size, generator=rng, device=device).to(images.device)
+    draw = torch.rand(5, size, generator=rng, device=device).to(images.device, non_blocking=True)
     area = scale[0] + (scale[1] - scale[0]) * draw[0]
-    aspect = torch.exp((draw[1] - 0.5) * 2 * torch.log(torch.tensor(4 / 3)))
+    aspect = torch.exp((draw[1] - 0.5) * 2 * math.log(4 / 3))
     wide = (area * aspect).sqrt().clamp(max=1)
     high = (area / aspect).sqrt().clamp(max=1)
     sign = torch.where(draw[4] < 0.5, -1.0, 1.0)
@@ -88,8 +89,10 @@ def resized_crop_flip(images: Tensor, rng: torch.Generator, *, scale: tuple[floa
     theta[:, 1, 1] = high
     theta[:, 0, 2] = (1 - wide) * (2 * draw[2] - 1)
     theta[:, 1, 2] = (1 - high) * (2 * draw[3] - 1)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    # Under autocast the grid would be bf16: positions up to half a pixel off at 224.
+    with torch.autocast(images.device.type, enabled=False):
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     if images.dtype == torch.uint8:
         return out.round().to(torch.uint8)
     return out.to(images.dtype)

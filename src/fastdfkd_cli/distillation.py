@@ -27,6 +27,8 @@ from fastdfkd_cli.runtime import synchronize
 
 #: Images that a run bounded only by the clock may hold before the oldest make room.
 DEFAULT_POOL_IMAGES = 100_000
+#: Fewest rounds that a time budget is divided into.
+MIN_ROUNDS = 10
 #: Seconds between two records of a phase.
 RECORD_EVERY = 1.0
 
@@ -51,6 +53,8 @@ class Clock:
     rounds: int
     warmup_rounds: int
     final_rounds: int
+    batches_per_round: int
+    kd_steps_per_round: int
     #: Rounds after the warm-up until the generator's one renewal (0: never).
     renewal: int = 0
     final_seconds: float = 0.0
@@ -195,6 +199,8 @@ class Distillation:
             schedule.rounds,
             schedule.warmup_rounds,
             schedule.final_rounds,
+            schedule.batches_per_round,
+            schedule.kd_steps_per_round,
             config.synthesis.generator_reset_after,
         )
         self._last_record = 0.0
@@ -214,14 +220,13 @@ class Distillation:
         self.clock.started = time.perf_counter()
         round_index = 0
         while not self._finished(round_index):
-            distils = self.synthesizer is None or round_index >= self.clock.warmup_rounds
-            if self.synthesizer is not None and not self.clock.is_final(round_index):
+            distils = self.synthesizer is None or round_index >= self.clock.warmup_rounds or self.clock.out_of_time
+            if self.synthesizer is not None and not self.clock.is_final(round_index) and not self.clock.out_of_time:
                 if self._renews(round_index):
                     self.synthesizer.renew()
                 yield from self._synthesize(distils)
-                if round_index == 0 and self.clock.budget is not None:
-                    self._fit_schedule()
-                    distils = round_index >= self.clock.warmup_rounds
+                # A time budget decides in the first round how long the warm-up is.
+                distils = distils or round_index >= self.clock.warmup_rounds
             if distils:
                 yield from self._distil(round_index)
             round_index += 1
@@ -243,7 +248,9 @@ class Distillation:
     def _synthesize(self, distils: bool) -> Iterator[Record]:
         """A round's batches. The adversarial term counts only once the student is being trained."""
         assert self.synthesizer is not None
-        for _ in range(self.config.schedule.batches_per_round):
+        made = 0
+        # Not a range: under a time budget the first batch decides how many a round has.
+        while made < self.clock.batches_per_round and not (made and self.clock.out_of_time):
             began = time.perf_counter()
             batch = self.synthesizer.synthesize(self.student.net if distils else None)
             self.pool.add(batch.images, batch.labels)
@@ -251,6 +258,9 @@ class Distillation:
             seconds = time.perf_counter() - began
             self.costs.synthesis += seconds
             self.images_made += len(batch.images)
+            made += 1
+            if self.clock.budget is not None and self.images_made == len(batch.images):
+                self._fit_schedule()
             self._batch_losses = batch.losses
             if self._record_is_due():
                 # A student that broke breaks the adversarial term too: name the cause before its effect.
@@ -267,7 +277,7 @@ class Distillation:
         if self.clock.distillation_started is None:
             self.clock.distillation_started = self.clock.elapsed
         began, steps_then, spent = time.perf_counter(), self.steps_taken, self.costs.distillation
-        for _ in range(self.config.schedule.kd_steps_per_round):
+        for _ in range(self.clock.kd_steps_per_round):
             if self.clock.out_of_time and self.steps_taken:
                 break
             lr = self.student.set_learning_rate(self.clock.distilled(self.steps_taken, total))
@@ -286,22 +296,31 @@ class Distillation:
     @property
     def _total_steps(self) -> int:
         rounds = self.clock.rounds if self.synthesizer is None else self.clock.rounds - self.clock.warmup_rounds
-        return rounds * self.config.schedule.kd_steps_per_round
+        return rounds * self.clock.kd_steps_per_round
 
     def _fit_schedule(self) -> None:
-        """Under a time budget: how many rounds fit, from the first round's synthesis and two KD steps on a copy."""
-        schedule = self.config.schedule
-        synthesis_seconds = self.costs.synthesis
-        kd_seconds = schedule.kd_steps_per_round * self.time_kd_step()
+        """Under a time budget: how many rounds fit, from the first batch and a few KD steps on a copy.
+
+        Where fewer than ``MIN_ROUNDS`` fit, rounds are made smaller, batches and KD steps alike: a student that is
+        trained between few, long syntheses would hardly take part in them.
+        """
+        assert self.clock.budget is not None
+        schedule, clock = self.config.schedule, self.clock
+        batch_seconds, step_seconds = self.costs.synthesis, self.time_kd_step()
         warmup = schedule.warmup_rounds / schedule.rounds
         final = schedule.final_rounds / schedule.rounds
-        per_round = synthesis_seconds * (1 - final) + kd_seconds * (1 - warmup)
-        assert self.clock.budget is not None
-        self.clock.rounds = max(int(self.clock.budget / per_round), 1)
-        self.clock.warmup_rounds = round(warmup * self.clock.rounds)
-        self.clock.renewal = round(self.clock.renewal / schedule.rounds * self.clock.rounds)
-        self.clock.final_rounds = schedule.final_rounds
-        self.clock.final_seconds = final * self.clock.rounds * kd_seconds
+
+        def rounds_that_fit() -> float:
+            synthesis = clock.batches_per_round * batch_seconds * (1 - final)
+            return clock.budget / (synthesis + clock.kd_steps_per_round * step_seconds * (1 - warmup))  # type: ignore[operator]
+
+        shrink = min(rounds_that_fit() / MIN_ROUNDS, 1.0)
+        clock.batches_per_round = max(round(clock.batches_per_round * shrink), 1)
+        clock.kd_steps_per_round = max(round(clock.kd_steps_per_round * shrink), 1)
+        clock.rounds = max(int(rounds_that_fit()), 1)
+        clock.warmup_rounds = round(warmup * clock.rounds)
+        clock.renewal = round(clock.renewal / schedule.rounds * clock.rounds)
+        clock.final_seconds = final * clock.rounds * clock.kd_steps_per_round * step_seconds
 
     def time_kd_step(self) -> float:
         """Seconds of one KD step, measured on a copy of the student that is thrown away."""

@@ -102,7 +102,8 @@ def prepare(
     pupil = None
     if student is not None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)  # a student from scratch starts the same for the same seed
+            # A student from scratch starts the same for the same seed; torch.manual_seed would touch CUDA's states too.
+            torch.default_generator.manual_seed(settings.seed)
             if trains:
                 pupil = load_student(student, student_options, like=loaded)
             else:

@@ -46,8 +46,8 @@ def model_size(module: nn.Module, image_size: tuple[int, int, int]) -> ModelSize
     try:
         with torch.no_grad(), counter:
             copy.deepcopy(module).to("meta").eval()(torch.empty(1, *image_size, device="meta"))
-    except (NotImplementedError, RuntimeError):
-        # A user's module may look at values, which meta tensors have none of.
+    except Exception:
+        # A user's module may look at values, which meta tensors have none of, and then raises whatever it likes.
         return ModelSize(parameters=parameters, flops=None)
     return ModelSize(parameters=parameters, flops=counter.get_total_flops())
 
@@ -95,6 +95,8 @@ def timed_steps(
     steps = min(synthesis.steps, 2)
     probe = replace(config, pool_size=0, synthesis=replace(synthesis, batch_size=batch, steps=steps))
     learner = copy.deepcopy(student) if student is not None else None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     before = _resident_memory(device)
     synthesis_seconds = 0.0
     images = torch.full((kd_batch, *image_size), 128, dtype=torch.uint8, device=device)

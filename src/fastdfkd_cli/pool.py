@@ -40,6 +40,14 @@ class ImagePool:
         self._filled = 0
         self._next = 0
 
+    @classmethod
+    def holding(cls, images: Tensor, labels: Tensor, device: torch.device) -> ImagePool:
+        """A full pool of given images (uint8 ``[N, C, H, W]``, int64 ``[N]``); on their own device it shares them."""
+        channels, height, width = images.shape[1:]
+        pool = cls((channels, height, width), len(images), device)
+        pool._images, pool._labels, pool._filled = images.to(device), labels.to(device), len(images)
+        return pool
+
     def __len__(self) -> int:
         return self._filled
 
@@ -88,7 +96,9 @@ class ImagePool:
         """Draw ``count`` uniformly, with replacement: uint8 ``[count, C, H, W]`` and int64 ``[count]``."""
         if not self._filled:
             raise ValueError("the pool is empty")
-        index = torch.randint(self._filled, (count,), generator=rng, device=rng.device).to(self.device)
+        index = torch.randint(self._filled, (count,), generator=rng, device=rng.device).to(
+            self.device, non_blocking=True
+        )
         return self._images[index], self._labels[index]
 
 

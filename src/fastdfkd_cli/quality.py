@@ -23,7 +23,8 @@ from fastdfkd_cli.records import Record
 
 #: The signal's images come from ``seed + QUALITY_SEED``, so that no run shares them by accident.
 QUALITY_SEED = 7_919
-#: A new generator's first batches look like noise; so many are thrown away (at most the recipe's warm-up).
+#: A new generator's first batches look like noise; so many are thrown away (at most the recipe's warm-up,
+#: or a tenth of its batches where it has none).
 BURN_IN = 10
 
 
@@ -95,7 +96,8 @@ class QualitySignal:
         schedule = self.config.schedule
         wanted = self.config.quality_images
         batch_size = self.config.synthesis.batch_size
-        burn_in = min(BURN_IN, schedule.warmup_rounds * schedule.batches_per_round)
+        made = schedule.synthesis_rounds * schedule.batches_per_round
+        burn_in = min(BURN_IN, max(schedule.warmup_rounds * schedule.batches_per_round, made // 10))
         batches = burn_in + -(-wanted // batch_size)
         images: list[Tensor] = []
         labels: list[Tensor] = []

@@ -76,7 +76,8 @@ class FastMeta:
             return Pixels(self.image_size)
         # torch's layers draw their first weights from the global state: lend them one that follows from ours.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (1,), generator=self.rng)))
+            # Not torch.manual_seed: it would reset the states of all CUDA devices too.
+            torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=self.rng)))
             generator = Generator(self.generator_config, self.image_size)
         return generator.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
@@ -98,7 +99,8 @@ class FastMeta:
         """Lines 4 to 14: adapt for k steps, hand out the images, update what is shared."""
         config = self.config
         self._reinitialise()
-        labels = torch.randint(self.num_classes, (config.batch_size,), generator=self.rng).to(self.device)
+        labels = torch.randint(self.num_classes, (config.batch_size,), generator=self.rng)
+        labels = labels.to(self.device, non_blocking=True)
         # Line 6: z, theta <- z^, theta^.
         start = self._new_latent() if self.shared_latent is None else self.shared_latent
         z = start.detach().clone().requires_grad_()
