@@ -520,7 +520,7 @@ def test_another_size_drops_the_logits_and_other_channels_are_refused(tmp_path: 
 
 def test_a_set_without_images_yet_is_refused(tmp_path: Path) -> None:
     DatasetWriter(tmp_path / "set", **arguments()).release()
-    with pytest.raises(UsageError, match="no images yet"):
+    with pytest.raises(UnavailableError, match="no images yet"):
         read_dataset(tmp_path / "set")
 
 
@@ -568,9 +568,9 @@ def test_a_shard_alone_and_shards_without_their_manifest_are_plain_images(tmp_pa
 
 def test_plain_data_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     size = (3, 4, 4)
-    with pytest.raises(UsageError, match="does not exist"):
+    with pytest.raises(UnavailableError, match="does not exist"):
         read_dataset(tmp_path / "none", input_size=size)
-    with pytest.raises(UsageError, match="holds no images"):
+    with pytest.raises(UnavailableError, match="holds no images"):
         read_dataset(tmp_path, input_size=size)
     with pytest.raises(UsageError, match="input size must be given"):
         read_dataset(tmp_path)

@@ -70,12 +70,12 @@ def read_dataset(
         interpolation: how images of another size are resized: nearest, bilinear, bicubic, ...
 
     Raises:
-        UsageError: no such folder, no images in it, ``input_size`` is missing or has other channels than the set.
-        UnavailableError: a file is missing, truncated, damaged or not an image (named).
+        UsageError: ``input_size`` is missing or has other channels than the set.
+        UnavailableError: no such folder, no images in it, or a file is missing, truncated, damaged or not an image (named).
     """
     path = Path(directory)
     if not path.exists():
-        raise UsageError(f"--data-dir {path} does not exist.")
+        raise UnavailableError(f"--data-dir {path} does not exist.")
     if path.is_dir() and (path / MANIFEST).exists():
         return _read_synthetic(path, input_size, interpolation)
     if input_size is None:
@@ -91,7 +91,7 @@ def _read_synthetic(path: Path, size: tuple[int, int, int] | None, interpolation
         raise UsageError(f"--data-dir {path} holds images of {stored[0]} channels, and {size[0]} are needed.")
     total = sum(manifest["counts"])
     if not total:
-        raise UsageError(f"--data-dir {path} holds no images yet: let fastdfkd synthesize go on with --resume.")
+        raise UnavailableError(f"--data-dir {path} holds no images yet: let fastdfkd synthesize go on with --resume.")
     for shard in manifest["shards"]:
         for name, facts in shard["files"].items():
             check_file(path / name, facts)
@@ -166,7 +166,7 @@ def _read_plain(path: Path, size: tuple[int, int, int], interpolation: str) -> S
     files = _plain_files(path)
     if not files:
         known = ", ".join(sorted(get_img_extensions()))
-        raise UsageError(f"--data-dir {path} holds no images ({known}), neither in class folders nor in a .tar.")
+        raise UnavailableError(f"--data-dir {path} holds no images ({known}), neither in class folders nor in a .tar.")
     order = _class_order(path, {file.label for file in files} - {""})
     index = {name: number for number, name in enumerate(order)}
     images = torch.stack([_decode(file, size, interpolation) for file in files])
