@@ -71,7 +71,7 @@ def read_dataset(
 
     Raises:
         UsageError: ``input_size`` is missing or has other channels than the set.
-        UnavailableError: no such folder, no images in it, or a file is missing, truncated, damaged or not an image (named).
+        UnavailableError: no such folder, no images in it, a file that is missing, truncated, damaged or no image.
     """
     path = Path(directory)
     if not path.exists():
