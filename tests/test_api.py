@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastdfkd_cli import api, distill, evaluate, plan_distill, plan_synthesize, synthesize
 from fastdfkd_cli.config import RunConfig
-from fastdfkd_cli.errors import FastDFKDError, UsageError
+from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
 from fastdfkd_cli.job import override
 from fastdfkd_cli.methods.fast_meta import FastMeta
 from fastdfkd_cli.models import ModelOptions
@@ -326,6 +326,23 @@ def test_a_run_that_fails_leaves_nothing_behind(when: str, tmp_path: Path, monke
     assert_same_state(before, state_of(model))
 
 
+def test_a_failed_evaluation_does_not_lose_the_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise UnavailableError("5.png cannot be read.")
+
+    monkeypatch.setattr(api, "_judge", fail)
+    with pytest.raises(UnavailableError, match=r"5\.png cannot be read\. The student itself is whole, in"):
+        run(output=tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["evaluation"] is None
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 0
+
+
+def test_a_teacher_with_one_output_is_refused() -> None:
+    with pytest.raises(UsageError, match="one output"):
+        distill(TinyNet(classes=1), net(), teacher_options=ModelOptions(input_size=SIZE), config=config())
+
+
 def test_a_student_that_diverges_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(FastDFKDError, match=r"finite.*distillation.lr"):
         run(config=config(distillation__lr=1e30, schedule__rounds=8), output=tmp_path / "out")
@@ -364,7 +381,8 @@ def test_one_set_serves_a_student_again(tmp_path: Path, monkeypatch: pytest.Monk
     report = students[0].report
     assert report["images"] == report["pool"] == 12
     assert report["kd_steps"] == 4 * 3  # nothing to warm up: every round distils
-    assert not report["synthesised"]
+    assert report["data"]["synthetic"]
+        assert report["data"]["header"]["teacher"]["num_classes"] == CLASSES
     assert report["seconds"]["synthesis"] == 0
     assert report["quality"] is None
     assert same(students[0].student, students[1].student)

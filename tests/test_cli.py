@@ -152,6 +152,7 @@ def test_distill_hands_every_option_on(api: FakeApi) -> None:
             "seed": 5,
             "deterministic": True,
             "rounds": 7,
+            "schedule.time_budget": None,
         },
         "data_dir": "set",
         "output": Path("out"),
@@ -174,7 +175,11 @@ def test_distill_hands_every_option_on(api: FakeApi) -> None:
 )
 def test_budgets(api: FakeApi, words: tuple[str, ...], key: str, value: float) -> None:
     succeed(*DISTILL, *words)
-    assert dict(api.request()["overrides"]) == {key: value}
+    overrides = dict(api.request()["overrides"])
+    if key != "schedule.time_budget":
+        # A budget of a config file gives way to the one that is typed.
+        assert overrides.pop("schedule.time_budget") is None
+    assert overrides == {key: value}
 
 
 def test_environment_variables_stand_in_for_options(api: FakeApi) -> None:

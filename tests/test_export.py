@@ -318,7 +318,7 @@ def test_two_licences_are_both_named_and_neither_is_claimed(teacher: LoadedModel
 
 def test_names_from_elsewhere_cannot_write_the_card(teacher: LoadedModel, student: LoadedModel) -> None:
     bad = "x\n---\nlicense: mit\n# Heading <script>alert(1)</script> | [a](http://b) `"
-    report = {**REPORT, "command": f"fastdfkd {bad}", "evaluation": {"dataset": bad, "top1": 93.125}}
+    report = {**REPORT, "data": {"path": bad, "synthetic": True}, "evaluation": {"dataset": bad, "top1": 93.125}}
     card = model_card(replace(student, name=bad), replace(teacher, name=bad, license=bad), report)
     assert card_facts(card)["license"] == "other"
     assert "\n# Heading" not in card
@@ -328,6 +328,13 @@ def test_names_from_elsewhere_cannot_write_the_card(teacher: LoadedModel, studen
         if "<script>" in line:
             assert line.count("`") >= 4 or line.startswith("license_name")  # in a code span, or in the front matter
     assert "| top1 | 93.125 |" in card
+
+
+def test_the_card_claims_no_synthesis_for_a_folder_of_pictures(teacher: LoadedModel, student: LoadedModel) -> None:
+    card = model_card(student, teacher, {**REPORT, "data": {"path": "photos", "synthetic": False, "header": None}})
+    assert "Images: `photos`." in card
+    assert "no real image" not in card
+    assert "without its data" not in card.split("## ")[0]
 
 
 # Pictures

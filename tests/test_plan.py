@@ -113,7 +113,7 @@ def test_seconds_and_memory_are_scaled_from_the_timed_batch(monkeypatch: pytest.
 
 
 def test_the_plan_of_synthesize() -> None:
-    found = synthesis_plan(config(), teacher(), num_images=50, burn_in=3, **KEYWORDS)
+    found = synthesis_plan(config(), teacher(), None, num_images=50, burn_in=3, **KEYWORDS)
     assert found["teacher"] == {"parameters": PARAMETERS, "flops": FLOPS}
     assert found["synthetic_images"] == 50
     assert found["burn_in_batches"] == 3
@@ -132,6 +132,6 @@ def test_a_plan_leaves_both_models_as_they_are(broken: bool, monkeypatch: pytest
             distillation_plan(config(), model, student, **KEYWORDS)
     else:
         distillation_plan(config(), model, student, **KEYWORDS)
-        synthesis_plan(config(), model, num_images=5, burn_in=0, **KEYWORDS)
+        synthesis_plan(config(), model, None, num_images=5, burn_in=0, **KEYWORDS)
     assert_same_state(before[0], state_of(model))
     assert_same_state(before[1], state_of(student))

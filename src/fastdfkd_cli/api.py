@@ -22,7 +22,7 @@ from fastdfkd_cli.config import RunConfig, to_dict
 from fastdfkd_cli.data import EvaluationData, open_evaluation_data
 from fastdfkd_cli.dataset import DatasetWriter, SyntheticSet, read_dataset
 from fastdfkd_cli.distillation import Distillation
-from fastdfkd_cli.errors import UsageError
+from fastdfkd_cli.errors import FastDFKDError, UsageError
 from fastdfkd_cli.export import export_student, verify_export, write_samples
 from fastdfkd_cli.job import (
     Job,
@@ -154,10 +154,17 @@ def distill(
         folder = stack.enter_context(StagedDirectory(output, overwrite)) if output is not None else None
         log = stack.enter_context(_RecordLog(folder / "metrics.jsonl" if folder else None, on_record))
         run, quality = _distil(job, given, say, log)
-        scores = _judge(job, judge, say, log)
-        report = _report(job, run, given, quality, scores, started)
+        scores, failure = None, None
+        try:
+            scores = _judge(job, judge, say, log)
+        except FastDFKDError as error:
+            failure = error  # the student is finished: it is not lost to a damaged picture
+        report = _report(job, run, given, data_dir, quality, scores, started)
         if folder is not None:
             _export(folder, job, run, report, say)
+    if failure is not None:
+        kept = f" The student itself is whole, in {output}." if output is not None else ""
+        raise type(failure)(f"{failure}{kept}") from failure
     return DistillResult(job.student.module, Path(output) if output is not None else None, report)
 
 
@@ -273,6 +280,7 @@ def _report(
     job: Job,
     run: Distillation,
     given: SyntheticSet | None,
+    data_dir: str | Path | None,
     quality: Quality | None,
     scores: dict[str, Any] | None,
     started: float,
@@ -295,7 +303,7 @@ def _report(
             "total": round(total, 2),
         },
         "images": run.images_made if given is None else len(given.images),
-        "synthesised": given is None,
+        "data": _data(given, data_dir),
         "pool": len(run.pool),
         "kd_steps": run.steps_taken,
         "peak_memory_bytes": peak_memory(job.machine.device),
@@ -303,6 +311,14 @@ def _report(
         "evaluation": scores,
         "versions": versions(),
     }
+
+
+def _data(given: SyntheticSet | None, data_dir: str | Path | None) -> dict[str, Any] | None:
+    """Where the images came from; None for a run that made its own."""
+    if given is None:
+        return None
+    made_by = given.manifest["header"] if given.manifest is not None else None
+    return {"path": str(data_dir), "synthetic": given.manifest is not None, "header": made_by}
 
 
 def _export(folder: Path, job: Job, run: Distillation, report: dict[str, Any], say: OnMessage) -> None:
@@ -540,6 +556,7 @@ def plan_synthesize(
     plan = synthesis_plan(
         job.config,
         job.machine.place(job.teacher),
+        job.machine.place(job.student) if job.student is not None else None,
         num_images=num_images,
         burn_in=burn_in_batches(job.config),
         **job.keywords(),

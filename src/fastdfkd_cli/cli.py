@@ -295,6 +295,8 @@ def distill(
             "images": images,
         },
     )
+    if rounds is not None or images is not None:
+        overrides["schedule.time_budget"] = None  # a file's time budget gives way to the budget on the command line
     teacher_said = _said(
         "teacher-", teacher_arch, teacher_weights, teacher_num_classes, teacher_input_size, teacher_mean, teacher_std
     )

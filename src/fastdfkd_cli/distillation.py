@@ -228,7 +228,7 @@ class Distillation:
                 # A time budget decides in the first round how long the warm-up is.
                 distils = distils or round_index >= self.clock.warmup_rounds
             if distils:
-                yield from self._distil(round_index)
+                yield from self._distil()
             round_index += 1
         # Most figures are never read (see _record_is_due); the last ones are, so that nothing broken is handed out.
         record = self._distillation_record(rate=self.steps_taken / max(self.costs.distillation, 1e-9))
@@ -270,7 +270,7 @@ class Distillation:
                 rate = len(batch.images) / seconds
                 yield self._record("synthesis", self.images_made, total, rate=rate, values=values)
 
-    def _distil(self, round_index: int) -> Iterator[Record]:
+    def _distil(self) -> Iterator[Record]:
         """A round's KD steps (Algorithm 1, lines 17 to 20)."""
         config = self.config.distillation
         total = self._total_steps

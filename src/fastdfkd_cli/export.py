@@ -278,15 +278,25 @@ def model_card(student: LoadedModel, teacher: LoadedModel, report: Mapping[str, 
     made: dict[str, Any] = {
         "recipe": settings.get("recipe"),
         "seed": settings.get("seed"),
-        "synthetic images": report.get("images"),
+        "images": report.get("images"),
         "distillation steps": report.get("kd_steps"),
     }
     made |= {f"seconds, {name}": value for name, value in _scalars(report.get("seconds"))}
+    data = report.get("data")
+    if data is None or data["synthetic"]:
+        title = f"# {safe_text(student.name)}, distilled from {safe_text(teacher.name)} without its data"
+        about = (
+            "An image classifier that learned from its teacher alone: no real image was used. Images were synthesised "
+            "from the teacher by FastDFKD (Fang et al., *Up to 100x Faster Data-Free Knowledge Distillation*, "
+            "AAAI 2022)."
+        )
+    else:
+        title = f"# {safe_text(student.name)}, distilled from {safe_text(teacher.name)}"
+        about = "An image classifier that learned its teacher's answers on given images; labels were not used."
     parts = [
         _front_matter(student, teacher),
-        f"# {safe_text(student.name)}, distilled from {safe_text(teacher.name)} without its data",
-        "An image classifier that learned from its teacher alone: no real image was used. Images were synthesised from "
-        "the teacher by FastDFKD (Fang et al., *Up to 100x Faster Data-free Knowledge Distillation*, AAAI 2022).",
+        title,
+        about,
         _table(
             {
                 "parameters": f"{sum(p.numel() for p in plain_module(student.module).parameters()):,}",
@@ -301,8 +311,8 @@ def model_card(student: LoadedModel, teacher: LoadedModel, report: Mapping[str, 
     ]
     if student.pretrained:
         parts.append(f"The student started from {_made_from(student)}.")
-    if report.get("command"):
-        parts.append(f"Command: {safe_code(report['command'])}")
+    if data is not None:
+        parts.append(f"Images: {safe_code(data['path'])}.")
     parts.append(_table({name: value for name, value in made.items() if value is not None}))
     parts.append(f"Program: fastdfkd {safe_text(__version__)}. All settings are in the metadata of `{WEIGHTS}`.")
     quality = dict(_scalars(report.get("quality")))

@@ -91,6 +91,8 @@ def prepare(
         get_recipe(recipe)  # a typing error should not wait for a download
     machine = Machine.choose(device, amp, say)
     loaded = load_teacher(copied(teacher), teacher_options)
+    if loaded.num_classes < 2:
+        raise UsageError(f"{loaded.name} has one output; distillation needs two classes or more.")
     say(f"teacher {loaded.name}{f' at {loaded.revision}' if loaded.revision else ''}")
     check_forward(loaded)
     loaded.module.eval().requires_grad_(False)

@@ -74,12 +74,14 @@ def timed_steps(
     device: torch.device,
     amp: bool,
     synthesises: bool = True,
+    trains: bool = True,
 ) -> dict[str, float]:
     """Time one synthesised batch and one KD step of ``config``.
 
     Args:
         teacher, student: images in [0, 1] -> logits; the student is copied, the teacher's hooks are taken off again.
         synthesises: whether the run makes its images; grey stands in for images that are given.
+        trains: whether the student is trained, or only takes part in the adversarial term.
 
     Returns:
         ``synthesis_batch`` and ``kd_step`` in seconds (0 without a student), ``memory`` in bytes: the growth while
@@ -118,7 +120,7 @@ def timed_steps(
             method.close()
         synthesis_seconds *= synthesis.steps / steps * synthesis.batch_size / batch
     kd_seconds = 0.0
-    if learner is not None:
+    if learner is not None and trains:
         trained = Student(learner, distillation, device, amp)
         rng = torch.Generator().manual_seed(0)
         for _ in range(2):
@@ -203,6 +205,7 @@ def distillation_plan(
 def synthesis_plan(
     config: RunConfig,
     teacher: nn.Module,
+    student: nn.Module | None,
     *,
     num_images: int,
     burn_in: int,
@@ -211,15 +214,22 @@ def synthesis_plan(
     device: torch.device,
     amp: bool,
 ) -> dict[str, Any]:
-    """The plan of ``synthesize``; ``burn_in`` batches are made and thrown away first."""
+    """The plan of ``synthesize``; ``burn_in`` batches are made and thrown away first.
+
+    Args:
+        student: takes part in the adversarial term; None for a run without one.
+    """
     before = _resident_memory(device)
-    costs = timed_steps(config, teacher, None, image_size=image_size, num_classes=num_classes, device=device, amp=amp)
+    costs = timed_steps(
+        config, teacher, student, image_size=image_size, num_classes=num_classes, device=device, amp=amp, trains=False
+    )
     batches = burn_in + -(-num_images // config.synthesis.batch_size)
     # Synthetic images are noisy: PNG saves little, and the soft labels come on top.
     bytes_per_image = image_size[0] * image_size[1] * image_size[2] + 4 * num_classes
     seconds = batches * costs["synthesis_batch"]
     return {
         "teacher": vars(model_size(teacher, image_size)),
+        **({"student": vars(model_size(student, image_size))} if student is not None else {}),
         "synthetic_images": num_images,
         "burn_in_batches": burn_in,
         "inner_steps": batches * config.synthesis.steps,
