@@ -382,7 +382,7 @@ def test_one_set_serves_a_student_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert report["images"] == report["pool"] == 12
     assert report["kd_steps"] == 4 * 3  # nothing to warm up: every round distils
     assert report["data"]["synthetic"]
-        assert report["data"]["header"]["teacher"]["num_classes"] == CLASSES
+    assert report["data"]["header"]["teacher"]["num_classes"] == CLASSES
     assert report["seconds"]["synthesis"] == 0
     assert report["quality"] is None
     assert same(students[0].student, students[1].student)
