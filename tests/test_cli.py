@@ -6,6 +6,7 @@ The engines are replaced by fakes here; the requests are bound to the real API's
 from __future__ import annotations
 
 import csv
+import errno
 import inspect
 import json
 import os
@@ -317,6 +318,21 @@ def test_a_threshold_that_is_met(api: FakeApi, tmp_path: Path) -> None:
         assert list(csv.DictReader(file)) == [{key: str(value) for key, value in ROW.items()}]
 
 
+def test_a_results_file_that_cannot_be_written_whole_stays_as_it_was(
+    api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "row.csv"
+    path.write_text("earlier")
+    monkeypatch.setattr("fastdfkd_cli.output.os.fsync", full)
+    result = invoke("evaluate", "m", "--data-dir", "d", "--results-file", str(path))
+    assert isinstance(result.exception, FastDFKDError)
+    assert [each.name for each in tmp_path.iterdir()] == ["row.csv"]
+    assert path.read_text() == "earlier"
+
+
 def test_recipes() -> None:
     lines = succeed("recipes").stdout.splitlines()
     assert lines[0].split() == ["recipe", "source", "description"]
@@ -405,6 +421,12 @@ def act(kind, output, on_message, on_record):
     if kind == "ENOSPC": raise OSError(errno.ENOSPC, "No space left on device", "pool.bin")
     if kind == "EACCES": raise PermissionError(errno.EACCES, "Permission denied", "secret")
     if kind == "ENOTDIR": raise NotADirectoryError(errno.ENOTDIR, "Not a directory", "x")
+    if kind == "EIO": raise OSError(errno.EIO, "Input/output error", "pool.bin")
+    if kind == "ENAMETOOLONG": raise OSError(errno.ENAMETOOLONG, "File name too long", "aaa")
+    if kind == "MemoryError": raise MemoryError
+    if kind == "cpu memory": raise RuntimeError("DefaultCPUAllocator: can't allocate memory:\\nyou tried")
+    if kind == "cpu memory 2": raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried")
+    if kind == "RuntimeError": raise RuntimeError("shapes")
     if kind == "memory": raise type("OutOfMemoryError", (RuntimeError,), {})("CUDA\\nout of memory")
     if kind == "bug": raise KeyError("bug")
     if kind in ("wait", "hang"):
@@ -449,7 +471,12 @@ def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         ("UnavailableError", 3, "fastdfkd: error: no such model"),
         ("FastDFKDError", 1, "fastdfkd: error: not finite"),
         ("ENOSPC", 1, "fastdfkd: error: No space is left for pool.bin; "),
-        ("EACCES", 1, "fastdfkd: error: Permission was refused for secret; "),
+        ("EACCES", 1, "fastdfkd: error: Permission was refused for secret; choose what you may read"),
+        ("EIO", 1, "fastdfkd: error: Reading or writing failed for pool.bin; "),
+        ("ENAMETOOLONG", 1, "fastdfkd: error: The name is too long for aaa; "),
+        ("MemoryError", 1, "fastdfkd: error: The device is out of memory; "),
+        ("cpu memory", 1, "fastdfkd: error: The device is out of memory; "),
+        ("cpu memory 2", 1, "fastdfkd: error: The device is out of memory; "),
         ("memory", 1, "fastdfkd: error: The device is out of memory; "),
     ],
 )
@@ -461,7 +488,9 @@ def test_known_errors_are_one_line(kind: str, code: int, line: str) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("kind", "name"), [("bug", "KeyError"), ("ENOTDIR", "NotADirectoryError")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("bug", "KeyError"), ("ENOTDIR", "NotADirectoryError"), ("RuntimeError", "RuntimeError")]
+)
 def test_a_bug_keeps_its_traceback(kind: str, name: str) -> None:
     done = run(driver(kind))
     assert done.returncode == 1
@@ -502,7 +531,7 @@ def test_a_signal_cleans_up(tmp_path: Path, signum: int, code: int, name: str) -
         process.send_signal(signum)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (code, "")
-    assert err == f"fastdfkd: interrupted: stopped by {name}; unfinished output was removed.\n"
+    assert err == f"fastdfkd: interrupted: stopped by {name}; nothing unfinished was kept.\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -22,12 +22,17 @@ from fastdfkd_cli.console import print_error
 from fastdfkd_cli.errors import FastDFKDError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+#: What the system refused, and what to do about it.
 _DISK_ERRORS = {
-    errno.ENOSPC: "No space is left",
-    errno.EDQUOT: "The disk quota is used up",
-    errno.EROFS: "The file system is read-only",
-    errno.EACCES: "Permission was refused",
+    errno.ENOSPC: ("No space is left", "make room or choose another folder"),
+    errno.EDQUOT: ("The disk quota is used up", "make room or choose another folder"),
+    errno.EROFS: ("The file system is read-only", "choose another folder"),
+    errno.EACCES: ("Permission was refused", "choose what you may read and write, or change its permissions"),
+    errno.ENAMETOOLONG: ("The name is too long", "choose a shorter one"),
+    errno.EIO: ("Reading or writing failed", "check the disk or choose another folder"),
 }
+#: How torch's allocator on the CPU says it, in a plain RuntimeError.
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
 # Typer brings its own copy of Click in newer versions and imports Click in older ones; either way its errors share
 # the base class under this name, which Typer itself does not export.
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -83,6 +88,15 @@ def _run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _out_of_memory(error: Exception) -> bool:
+    # torch's own error by its name: torch may not have been imported, and must not be for this.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(words in str(error) for words in _NO_MEMORY)
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
@@ -95,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         signum = error.signum if isinstance(error, _Stopped) else signal.SIGINT
         name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-        left = " ".join(getattr(error, "__notes__", ())) or "unfinished output was removed"
+        left = " ".join(getattr(error, "__notes__", ())) or "nothing unfinished was kept"
         print_error(f"stopped by {name}; {left}.", kind="interrupted")
         return 128 + signum
     except FastDFKDError as error:
@@ -109,17 +123,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in _DISK_ERRORS:
             raise
         where = f" for {error.filename}" if error.filename else ""
-        print_error(f"{_DISK_ERRORS[error.errno]}{where}; make room or choose another folder with --output.")
+        what, hint = _DISK_ERRORS[error.errno]
+        print_error(f"{what}{where}; {hint}.")
         return 1
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if "does not have a deterministic implementation" in str(error):
             operator = str(error).partition(" does not have")[0]
             print_error(
                 f"--deterministic: {operator} cannot be repeated on this device; leave it out, or --device cpu."
             )
             return 2
-        # By its name: torch may not have been imported, and must not be for this.
-        if type(error).__name__ != "OutOfMemoryError":
+        if not _out_of_memory(error):
             raise
         print_error(
             "The device is out of memory; lower the batch sizes (--set synthesis.batch_size=... --set "

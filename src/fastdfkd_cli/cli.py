@@ -7,6 +7,7 @@ turned into one line and an exit code by :func:`fastdfkd_cli.__main__.main`.
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,8 +64,18 @@ def _option(*names: str, panel: str, help: str, **more: Any) -> Any:
 def _group(prefix: str, panel: str) -> tuple[Any, ...]:
     """The six options of one model: architecture, weights, classes, input size, mean, std."""
     return (
-        _option(f"--{prefix}arch", panel=panel, metavar="NAME", help="Architecture: a timm or cifar/ name."),
-        _option(f"--{prefix}weights", panel=panel, metavar="FILE", help="Checkpoint: .safetensors .pth .pt .th .tar."),
+        _option(
+            f"--{prefix}arch",
+            panel=panel,
+            metavar="NAME",
+            help="Architecture: a timm, torchvision/ or cifar/ name, or nets.py:factory.",
+        ),
+        _option(
+            f"--{prefix}weights",
+            panel=panel,
+            metavar="FILE",
+            help="Checkpoint: .safetensors .pth .pt .th .tar .bin .ckpt.",
+        ),
         _option(f"--{prefix}num-classes", panel=panel, metavar="N", min=2, help="Number of classes."),
         _option(f"--{prefix}input-size", panel=panel, metavar="C H W", help="Channels, height, width, in pixels."),
         _option(f"--{prefix}mean", panel=panel, metavar="M ...", help="Mean per channel, of images in 0 to 1."),
@@ -728,15 +739,16 @@ def _check_results_file(path: Path) -> None:
 
 
 def _write_results(path: Path, row: Mapping[str, Any]) -> None:
-    if path.suffix == ".json":
-        from fastdfkd_cli.output import write_json
+    from fastdfkd_cli.output import write_bytes, write_json
 
+    if path.suffix == ".json":
         write_json(path, dict(row))
     else:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            writer.writeheader()
-            writer.writerow(row)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, fieldnames=list(row))
+        writer.writeheader()
+        writer.writerow(row)
+        write_bytes(path, table.getvalue().encode("utf-8"))
 
 
 __all__ = ["app"]
