@@ -247,6 +247,8 @@ def test_short_keys() -> None:
 def test_values_on_the_command_line() -> None:
     words = ["3", "2.5", "true", "False", "none", "None", "jsd", '"3"']
     assert [parse_value(word) for word in words] == [3, 2.5, True, False, None, None, "jsd", "3"]
+    for word in ("9" * 5000, "[" * 100_000):
+        assert parse_value(word) == word
 
 
 def test_a_base_is_changed_and_not_replaced() -> None:

@@ -141,6 +141,8 @@ def test_a_config_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
         ("recipe: 3\n", "must be a name"),
         ("a: !!python/object/apply:os.getcwd []\n", "neither YAML nor JSON"),
         (b"\xff\xfe\x00", "not UTF-8"),
+        ("seed: 2026-13-40\n", "a value that cannot be read"),
+        ("seed: " + "[" * 5000, "a value that cannot be read"),
     ],
 )
 def test_bad_config_files(tmp_path: Path, content: str | bytes, message: str) -> None:

@@ -328,7 +328,7 @@ def parse_value(text: str) -> Any:
     """Return what a command line's value means: a JSON value, ``none``, or the text itself."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of ten thousand digits, or as many brackets
         lowered = text.lower()
         return {"none": None, "true": True, "false": False}.get(lowered, text)
 

@@ -123,6 +123,8 @@ def read_config(source: str) -> tuple[str | None, dict[str, Any]]:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
         raise UsageError(f"The config file {name} is neither YAML nor JSON{where}.") from error
+    except (ValueError, RecursionError) as error:  # a date that does not exist, ten thousand brackets
+        raise UsageError(f"The config file {name} has a value that cannot be read.") from error
     if content is None:
         content = {}
     if isinstance(content, Mapping) and isinstance(content.get("config"), Mapping):
