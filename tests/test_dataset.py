@@ -347,7 +347,7 @@ def test_resume_notices_a_damaged_shard_or_state(tmp_path: Path) -> None:
         DatasetWriter.resume(tmp_path / "set", **arguments())
 
 
-def test_an_existing_set_needs_resume_or_overwrite(tmp_path: Path) -> None:
+def test_an_existing_set_needs_resume_or_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "set")
     with pytest.raises(UsageError, match="--resume"):
         DatasetWriter(tmp_path / "set", **arguments())
@@ -356,6 +356,13 @@ def test_an_existing_set_needs_resume_or_overwrite(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), writer:
         writer.add(*batch(2, seed=7))
         raise KeyboardInterrupt
+    assert snapshot(tmp_path / "set") == before
+    writer = DatasetWriter(tmp_path / "set", **arguments(shard_size=5), overwrite=True)
+    writer.add(*batch(5, seed=7))
+    with monkeypatch.context() as patch:
+        interrupt(patch, "_png", OSError(errno.ENOSPC, "No space left on device"), lambda image: True)
+        with pytest.raises(FastDFKDError, match="No space left"), writer:
+            writer.flush_shard()
     assert snapshot(tmp_path / "set") == before
     new = batch(5, seed=8)
     with DatasetWriter(tmp_path / "set", **arguments(shard_size=5), overwrite=True) as writer:

@@ -30,7 +30,7 @@ OWNER_KEY = "fastdfkd"
 MARKER_FILES = ("report.json", "manifest.json")
 #: Everything a run may leave, relative to its folder. ``overwrite`` deletes these and nothing else.
 RUN_FILES = (
-    "model.safetensors", "config.json", "config.yaml", "README.md", "report.json", "metrics.jsonl", "samples.png",
+    "model.safetensors", "config.json", "README.md", "report.json", "metrics.jsonl", "samples.png",
     "manifest.json", "classes.txt", "train-*.tar", "train-*.safetensors", "grids/*.png", "state/*.safetensors",
     "state/*.json", ".train-*.partial", ".*.partial-????????", "*/.*.partial-????????", "_*_tarinfos.pickle",
 )  # fmt: skip

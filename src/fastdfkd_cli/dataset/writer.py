@@ -56,7 +56,7 @@ except ImportError:  # Windows has no such locks; there two runs into one folder
     _fcntl = None
 
 #: What the engine may write beside the set.
-SIDE_FILES = frozenset({"README.md", "report.json", "metrics.jsonl", "config.yaml", "config.json", "samples.png"})
+SIDE_FILES = frozenset({"README.md", "report.json", "metrics.jsonl", "config.json", "samples.png"})
 #: Pictures per class, and per row, in ``grids/``.
 GRID_IMAGES, GRID_COLUMNS = 32, 8
 _PARTIAL = re.compile(
@@ -412,9 +412,17 @@ class DatasetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not self._replaces:
+        if error is not None and self._replaces:
+            self._drop_partials()
+        elif error is not None:
             self._give_up()
         self.release()
+
+    def _drop_partials(self) -> None:
+        """Remove the shard that was begun beside the earlier set, and nothing of that set."""
+        for name in files_below(self.directory):
+            if _PARTIAL.fullmatch(name):
+                (self.directory / name).unlink(missing_ok=True)
 
     def _give_up(self) -> None:
         """Leave whole shards alone; without any shard or state, leave nothing."""
