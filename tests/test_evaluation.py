@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastdfkd_cli import nets_cifar
 from fastdfkd_cli.data import open_evaluation_data
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
-from fastdfkd_cli.evaluation import Evaluation, Scores, drain, evaluate_model, evaluation_mode, score, score_tensors
+from fastdfkd_cli.evaluation import Evaluation, Scores, drain, evaluate_model, evaluation_mode, score
 from fastdfkd_cli.models import InputSpec, LoadedModel
 from fastdfkd_cli.records import Record
 
@@ -48,6 +48,13 @@ class Table(nn.Module):
 
 def numbered_images(count: int) -> Tensor:
     return torch.arange(count, dtype=torch.uint8).view(count, 1, 1, 1).expand(count, 1, 2, 2)
+
+
+def score_tensors(
+    model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 256, **options: object
+) -> Scores:
+    parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    return drain(score(model, (([part], wanted) for part, wanted in parts), **options))
 
 
 def loaded(
@@ -239,6 +246,15 @@ def test_size_and_crop_can_be_overridden(photographs: Path) -> None:
     row = run(loaded(module), photographs, img_size=32, crop_pct=1.0).row
     assert set(sizes) == {(3, 32, 32)}
     assert (row["img_size"], row["crop_pct"]) == (32, 1.0)
+
+
+def test_a_size_that_a_model_cannot_take_is_named(photographs: Path) -> None:
+    fixed = nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 24, 7))
+    assert run(loaded(fixed), photographs).row["img_size"] == 24
+    with pytest.raises(UsageError, match="a model fails on input 2x3x32x32"):
+        run(loaded(fixed), photographs, img_size=32)
+    with pytest.raises(UsageError, match="fixed teacher fails on input 2x3x32x32"):
+        run(loaded(network(0)), photographs, teacher=loaded(fixed, name="fixed teacher"), img_size=32)
 
 
 # ---------------------------------------------------------------------------------------------- records and errors

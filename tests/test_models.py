@@ -31,12 +31,12 @@ from fastdfkd_cli.models import (
     LogitsOnly,
     ModelOptions,
     check_forward,
-    load_model,
     load_student,
     load_teacher,
 )
 from fastdfkd_cli.models.timm_format import build_verified
-from fastdfkd_cli.weights import read_checkpoint, sha256_of
+from fastdfkd_cli.output import sha256_file
+from fastdfkd_cli.weights import read_checkpoint
 from hub_server import HubServer, serving
 
 TINY = "fastdfkd_wrn10_1"
@@ -107,7 +107,7 @@ def test_a_file_that_says_everything(file: Path, teacher: LoadedModel) -> None:
     assert teacher.input == InputSpec(size=(3, 16, 16), mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     assert (teacher.source, teacher.architecture, teacher.num_classes) == ("file", TINY, 4)
     assert (teacher.class_names, teacher.license) == (("a", "b", "c", "d"), "mit")
-    assert teacher.weights_sha256 == sha256_of(file)
+    assert teacher.weights_sha256 == sha256_file(file)
     assert teacher.pretrained
     check_forward(teacher)
     described = json.loads(json.dumps(teacher.describe()))
@@ -228,8 +228,7 @@ def test_a_folder(folder: Path) -> None:
         assert (loaded.source, loaded.architecture, loaded.num_classes) == ("local-dir", TINY, 4)
         assert loaded.class_names == ("a", "b", "c", "d")
         assert loaded.input.size == (3, 32, 32)
-        assert loaded.weights_sha256 == sha256_of(folder / "model.safetensors")
-    assert load_model(str(folder)).num_classes == 4
+        assert loaded.weights_sha256 == sha256_file(folder / "model.safetensors")
     assert load_teacher(str(folder), ModelOptions(input_size=(3, 20, 24))).input.size == (3, 20, 24)
 
 
@@ -750,7 +749,7 @@ def test_hub(hub: HubServer, tmp_path: Path) -> None:
     main = found["hf-hub:me/net"]
     assert main["name"] == f"hf-hub:me/net@{commit}"
     assert main["revision"] == commit
-    assert main["weights_sha256"] == sha256_of(hub.root / "me/net/model.safetensors")
+    assert main["weights_sha256"] == sha256_file(hub.root / "me/net/model.safetensors")
     assert main["license"] == "bsd-3-clause"
     assert main["head"] == net().fc.bias.tolist()
     second = found["me/net@v2"]

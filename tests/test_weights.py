@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
+from fastdfkd_cli.output import sha256_file
 from fastdfkd_cli.weights import (
     ModelFacts,
     load_exactly,
@@ -23,7 +24,6 @@ from fastdfkd_cli.weights import (
     parse_facts,
     read_checkpoint,
     require_finite,
-    sha256_of,
     strip_prefixes,
 )
 
@@ -82,7 +82,7 @@ def test_safetensors_with_prefix(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(path)
     assert checkpoint.tensors.keys() == tensors().keys()
     assert checkpoint.facts.architecture == "wrn16_2"
-    assert checkpoint.sha256 == sha256_of(path)
+    assert checkpoint.sha256 == sha256_file(path)
 
 
 def test_a_network_that_is_itself_called_module_keeps_its_names(tmp_path: Path) -> None:
@@ -126,7 +126,8 @@ def test_training_checkpoints_say_their_architecture(tmp_path: Path) -> None:
     [
         ("num_classes", "ten"), ("num_classes", 0), ("num_classes", 2.5), ("input_size", [3, 32]),
         ("input_size", "[3, 0, 32]"), ("mean", "[]"), ("mean", "[NaN]"), ("std", {"r": 1}), ("classes", "cat"),
-        ("architecture", 7),
+        ("architecture", 7), ("interpolation", "cubic"), ("interpolation", "random"), ("interpolation", ["box"]),
+        ("crop_pct", 0), ("crop_pct", 1.5), ("crop_pct", "NaN"), ("crop_pct", [1]),
     ],
 )  # fmt: skip
 def test_facts_that_are_none(name: str, value: object) -> None:

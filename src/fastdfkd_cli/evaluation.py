@@ -7,11 +7,12 @@ precision, image by image, so that no figure depends on the batch size beyond wh
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,8 @@ from torch.nn import functional as F
 
 from fastdfkd_cli.data import EvaluationData, evaluation_input
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
+from fastdfkd_cli.models import LoadedModel, check_forward
 from fastdfkd_cli.records import Record
-
-if TYPE_CHECKING:
-    from fastdfkd_cli.models import LoadedModel
 
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Seconds between two records, and between two waits for the device.
@@ -95,7 +94,7 @@ def evaluate_model(
         amp_dtype: ``bfloat16`` or ``float16``.
 
     Raises:
-        UsageError: classes that do not match, values out of range.
+        UsageError: classes that do not match, values out of range, an image size that a model cannot take.
         UnavailableError: no images, or one that cannot be read.
         FastDFKDError: logits of the wrong shape, or not finite.
     """
@@ -110,6 +109,9 @@ def evaluate_model(
     inputs = [spec]
     if teacher is not None:
         inputs.append(evaluation_input(teacher.input, img_size=img_size, crop_pct=crop_pct))
+    for each, fed in zip((model, teacher), inputs, strict=False):
+        if each is not None and fed.size != each.input.size:  # a model's own size was tried when it was loaded
+            check_forward(dataclasses.replace(each, input=fed))
     scores = yield from score(
         model.normalized().to(device),
         data.batches(inputs, batch_size=batch_size, workers=workers, pin_memory=device.type == "cuda"),
@@ -207,29 +209,6 @@ def score(
     elapsed = time.perf_counter() - started
     yield tally.record(tally.seen, elapsed)
     return tally.scores(elapsed, with_teacher=teacher is not None)
-
-
-def score_tensors(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    num_classes: int,
-    teacher: nn.Module | None = None,
-    batch_size: int = 256,
-    device: torch.device | str = "cpu",
-) -> Scores:
-    """:func:`score` on tensors: ``images`` uint8 or float in [0, 1], ``[N, C, H, W]``; ``labels`` int64 ``[N]``."""
-    return drain(
-        score(
-            model,
-            (([part], wanted) for part, wanted in zip(images.split(batch_size), labels.split(batch_size), strict=True)),
-            num_classes=num_classes,
-            teacher=teacher,
-            device=device,
-            total=len(labels),
-        )
-    )
 
 
 @contextmanager
@@ -347,4 +326,4 @@ class _Tally:
         )
 
 
-__all__ = ["Evaluation", "Scores", "drain", "evaluate_model", "evaluation_mode", "score", "score_tensors"]
+__all__ = ["Evaluation", "Scores", "drain", "evaluate_model", "evaluation_mode", "score"]

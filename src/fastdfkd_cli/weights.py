@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import pickle
@@ -27,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError
+from fastdfkd_cli.output import sha256_file
 
 #: What a checkpoint file's name may end in.
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
@@ -39,6 +39,8 @@ _BROKEN_PICKLE = (
     RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError, struct.error,
     MemoryError, AssertionError,
 )  # fmt: skip
+#: What timm's evaluation transform takes (its names of PIL's filters).
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _FACT_KEYS = {"labels": "classes", "label_names": "classes", "class_names": "classes", "arch": "architecture"}
 
 
@@ -74,12 +76,6 @@ class Checkpoint:
     raw: dict[str, Tensor] = field(repr=False)
     facts: ModelFacts
     sha256: str
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def parse_facts(raw: Mapping[str, Any], origin: str) -> ModelFacts:
@@ -132,6 +128,16 @@ def parse_facts(raw: Mapping[str, Any], origin: str) -> ModelFacts:
             raise ValueError
         return result
 
+    def share(value: Any) -> float:
+        if not 0 < float(value) <= 1:
+            raise ValueError
+        return float(value)
+
+    def filter_name(value: Any) -> str:
+        if value not in _INTERPOLATIONS:
+            raise ValueError
+        return str(value)
+
     def names(value: Any) -> tuple[str, ...]:
         if not isinstance(value, list | tuple) or not value:
             raise TypeError
@@ -145,8 +151,8 @@ def parse_facts(raw: Mapping[str, Any], origin: str) -> ModelFacts:
         std=read("std", numbers, "a list of numbers"),
         classes=read("classes", names, "a list of names"),
         license=read("license", text, "a name"),
-        interpolation=read("interpolation", text, "a name"),
-        crop_pct=read("crop_pct", float, "a number"),
+        interpolation=read("interpolation", filter_name, f"one of {', '.join(_INTERPOLATIONS)}"),
+        crop_pct=read("crop_pct", share, "a number above 0 and at most 1"),
     )
 
 
@@ -182,7 +188,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             raw, metadata = _read_safetensors(path)
         else:
             raw, metadata = _read_pickle(path)
-        digest = sha256_of(path)
+        digest = sha256_file(path)
     except PermissionError as error:
         raise UnavailableError(f"{path} may not be read (permission denied).") from error
     if not raw:
@@ -374,6 +380,5 @@ __all__ = [
     "read_checkpoint",
     "read_json",
     "require_finite",
-    "sha256_of",
     "strip_prefixes",
 ]

@@ -168,11 +168,6 @@ def load_teacher(
     return loaded
 
 
-def load_model(reference: str | nn.Module, options: ModelOptions = _NO_OPTIONS) -> LoadedModel:
-    """Load any pretrained model, as :func:`load_teacher` does, with ``evaluate``'s option names in messages."""
-    return load_teacher(reference, options, role="model")
-
-
 def _load_module(module: nn.Module, options: ModelOptions, role: str, like: LoadedModel | None = None) -> LoadedModel:
     module = unwrapped(module)
     name = type(module).__name__
@@ -255,7 +250,6 @@ __all__ = [
     "Normalized",
     "as_logits",
     "check_forward",
-    "load_model",
     "load_student",
     "load_teacher",
 ]

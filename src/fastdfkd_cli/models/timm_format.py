@@ -207,7 +207,7 @@ def _card_license(repo: str, revision: str | None) -> str | None:
 def load_hub(written: str, options: ModelOptions, reference: str, role: str, like: LoadedModel | None) -> LoadedModel:
     refuse(options, reference, role, "arch", "weights", why="its config.json and its own weights are used")
     repo, revision = split_revision(written)
-    config = _missing_config(repo, revision)
+    config = _hub_config(repo, revision)
     commit = config.commit or revision  # config and weights of one commit, even when someone pushes in between
     name = f"hf-hub:{repo}" + (f"@{commit}" if commit else "")
     described = _described(config.path, f"hf-hub:{written}")
@@ -226,7 +226,7 @@ def load_hub(written: str, options: ModelOptions, reference: str, role: str, lik
     )
 
 
-def _missing_config(repo: str, revision: str | None) -> HubFile:
+def _hub_config(repo: str, revision: str | None) -> HubFile:
     try:
         return hub_file(repo, "config.json", revision)
     except HubFileMissing as error:
