@@ -271,7 +271,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             name="digits",
             source="our own",
-            description="For builtin/digits: a minute on two cores.",
+            description="For builtin/digits: about half a minute on two cores.",
             build=digits,
         ),
         *(
