@@ -231,10 +231,13 @@ class Distillation:
                 yield from self._distil()
             round_index += 1
         # Most figures are never read (see _record_is_due); the last ones are, so that nothing broken is handed out.
-        record = self._distillation_record(rate=self.steps_taken / max(self.costs.distillation, 1e-9))
-        self._check_finite("synthesis", self.images_made, self._batch_losses)
+        self._check_finite("distillation", self.steps_taken, self._step_figures)
+        losses_then = self._check_finite("synthesis", self.images_made, self._batch_losses)
         self.student.finish()
-        yield record
+        if self.synthesizer is not None:
+            rate = self.images_made / max(self.costs.synthesis, 1e-9)
+            yield self._synthesis_record(rate=rate, values=losses_then)
+        yield self._distillation_record(rate=self.steps_taken / max(self.costs.distillation, 1e-9))
 
     def _finished(self, round_index: int) -> bool:
         if self.clock.budget is not None:
@@ -266,9 +269,7 @@ class Distillation:
                 # A student that broke breaks the adversarial term too: name the cause before its effect.
                 self._check_finite("distillation", self.steps_taken, self._step_figures)
                 values = self._check_finite("synthesis", self.images_made, batch.losses)
-                total = None if self.clock.budget is not None else self.config.synthetic_images
-                rate = len(batch.images) / seconds
-                yield self._record("synthesis", self.images_made, total, rate=rate, values=values)
+                yield self._synthesis_record(rate=len(batch.images) / seconds, values=values)
 
     def _distil(self) -> Iterator[Record]:
         """A round's KD steps (Algorithm 1, lines 17 to 20)."""
@@ -345,6 +346,10 @@ class Distillation:
             return False
         self._last_record = now
         return True
+
+    def _synthesis_record(self, *, rate: float, values: dict[str, float]) -> Record:
+        total = None if self.clock.budget is not None else self.config.synthetic_images
+        return self._record("synthesis", self.images_made, total, rate=rate, values=values)
 
     def _distillation_record(self, *, rate: float) -> Record:
         values = self._check_finite("distillation", self.steps_taken, self._step_figures)
