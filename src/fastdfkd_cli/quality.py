@@ -1,8 +1,8 @@
 """A quality signal without data: what can be known of a student when there is no test set.
 
 The images it is read from are fresh: another generator, from another seed, without the adversarial term, and none of
-them was shown to the student. They are the teacher's idea of its domain, not the domain itself, so the signal ranks
-students of one teacher; it does not replace an accuracy.
+them was shown to the student. They are the teacher's idea of its domain, not the domain itself: the signal tells a good
+student of a teacher from a poor one, does not order students that are close, and does not replace an accuracy.
 """
 
 from __future__ import annotations

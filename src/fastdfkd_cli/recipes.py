@@ -146,15 +146,15 @@ def auto(image_size: ImageSize) -> RunConfig:
 
 
 def _frugal_generator(image_size: ImageSize, width: int = 64) -> GeneratorConfig:
-    """A narrower generator than the paper's 128: a fraction of the work, and no worse at these budgets."""
+    """A narrower generator than the paper's 128: a fraction of the work, no worse in the runs of docs/recipes.md."""
     return GeneratorConfig(width=width, upsamplings=_upsamplings_for(image_size) if _is_small(image_size) else 4)
 
 
 def _for_cpu(image_size: ImageSize, schedule: ScheduleConfig) -> RunConfig:
     """The paper's synthesis with a narrow generator, and a KD that gets far in few steps.
 
-    At a fixed time on two cores, smaller KD batches at a higher rate (64 at 0.5 instead of 256 at 0.2, with Nesterov's
-    momentum and a short warm-up) gained more accuracy than any change of the synthesis.
+    Chosen by single short runs that were judged on CIFAR-10's test images: docs/recipes.md lists them all, so that the
+    figures these recipes reach there can be read for what they are.
     """
     base = cifar(image_size)
     return replace(
