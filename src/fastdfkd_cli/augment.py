@@ -61,11 +61,19 @@ def crop_flip(images: Tensor, rng: torch.Generator, *, padding: int, flip: bool 
         padding: the largest shift, in pixels.
         flip: whether to flip; digits and text should not be.
     """
-    size, device = len(images), rng.device
-    dy = torch.randint(-padding, padding + 1, (size,), generator=rng, device=device)
-    dx = torch.randint(-padding, padding + 1, (size,), generator=rng, device=device)
-    flips = torch.rand(size, generator=rng, device=device) < (0.5 if flip else 0.0)
-    return _Move.apply(images, *(draw.to(images.device, non_blocking=True) for draw in (dy, dx, flips)))
+    return _crop_flip(images, _draw_crop_flip(len(images), rng, padding, flip).to(images.device))
+
+
+def _draw_crop_flip(count: int, rng: torch.Generator, padding: int, flip: bool) -> Tensor:
+    dy = torch.randint(-padding, padding + 1, (count,), generator=rng, device=rng.device)
+    dx = torch.randint(-padding, padding + 1, (count,), generator=rng, device=rng.device)
+    flips = torch.rand(count, generator=rng, device=rng.device) < (0.5 if flip else 0.0)
+    return torch.stack([dy, dx, flips]).float()
+
+
+def _crop_flip(images: Tensor, draws: Tensor) -> Tensor:
+    dy, dx, flips = draws
+    return _Move.apply(images, dy.long(), dx.long(), flips > 0)
 
 
 def resized_crop_flip(images: Tensor, rng: torch.Generator, *, scale: tuple[float, float] = (0.75, 1.0)) -> Tensor:
@@ -77,18 +85,24 @@ def resized_crop_flip(images: Tensor, rng: torch.Generator, *, scale: tuple[floa
         rng: source of the draws (one per image).
         scale: smallest and largest share of the area.
     """
-    size, device = len(images), rng.device
-    draw = torch.rand(5, size, generator=rng, device=device).to(images.device, non_blocking=True)
+    return _resized_crop_flip(images, _draw_resized_crop_flip(len(images), rng, scale).to(images.device))
+
+
+def _draw_resized_crop_flip(count: int, rng: torch.Generator, scale: tuple[float, float] = (0.75, 1.0)) -> Tensor:
+    """Height and width of the crop, its centre, and the direction, all in grid_sample's units."""
+    draw = torch.rand(5, count, generator=rng, device=rng.device)
     area = scale[0] + (scale[1] - scale[0]) * draw[0]
     aspect = torch.exp((draw[1] - 0.5) * 2 * math.log(4 / 3))
     wide = (area * aspect).sqrt().clamp(max=1)
     high = (area / aspect).sqrt().clamp(max=1)
     sign = torch.where(draw[4] < 0.5, -1.0, 1.0)
-    theta = torch.zeros(size, 2, 3, device=images.device)
-    theta[:, 0, 0] = wide * sign
-    theta[:, 1, 1] = high
-    theta[:, 0, 2] = (1 - wide) * (2 * draw[2] - 1)
-    theta[:, 1, 2] = (1 - high) * (2 * draw[3] - 1)
+    return torch.stack([high, wide * sign, (1 - wide) * (2 * draw[2] - 1), (1 - high) * (2 * draw[3] - 1)])
+
+
+def _resized_crop_flip(images: Tensor, draws: Tensor) -> Tensor:
+    high, wide, x, y = draws
+    zero = torch.zeros_like(high)
+    theta = torch.stack([torch.stack([wide, zero, x], dim=1), torch.stack([zero, high, y], dim=1)], dim=1)
     # Under autocast the grid would be bf16: positions up to half a pixel off at 224.
     with torch.autocast(images.device.type, enabled=False):
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)
@@ -98,14 +112,32 @@ def resized_crop_flip(images: Tensor, rng: torch.Generator, *, scale: tuple[floa
     return out.to(images.dtype)
 
 
-def augment(images: Tensor, rng: torch.Generator, kind: Augmentation) -> Tensor:
-    """Apply the augmentation that a config names; the padding is an eighth of the shorter side (4 at 32x32)."""
+def draw_augmentation(kind: Augmentation, count: int, image_size: tuple[int, int, int], rng: torch.Generator) -> Tensor:
+    """Draw how ``count`` images are varied: float32 ``[D, count]`` on ``rng``'s device, for :func:`apply_augmentation`.
+
+    One small tensor, so that it reaches another device in one copy, and can be kept and used again. D is 0 for
+    ``none``. The padding is an eighth of the shorter side (4 at 32x32).
+    """
+    if kind == "none":
+        return torch.empty(0, count, device=rng.device)
+    if kind == "resized-crop-flip":
+        return _draw_resized_crop_flip(count, rng)
+    padding = max(1, min(image_size[1:]) // 8)
+    return _draw_crop_flip(count, rng, padding, flip=kind == "crop-flip")
+
+
+def apply_augmentation(images: Tensor, kind: Augmentation, draws: Tensor) -> Tensor:
+    """Vary images ``[B, C, H, W]`` as ``draws`` (``[D, B]``, on their device) say; differentiable for floats."""
     if kind == "none":
         return images
-    if kind == "resized-crop-flip":
-        return resized_crop_flip(images, rng)
-    padding = max(1, min(images.shape[-2:]) // 8)
-    return crop_flip(images, rng, padding=padding, flip=kind == "crop-flip")
+    return _resized_crop_flip(images, draws) if kind == "resized-crop-flip" else _crop_flip(images, draws)
 
 
-__all__ = ["augment", "crop_flip", "resized_crop_flip"]
+def augment(images: Tensor, rng: torch.Generator, kind: Augmentation) -> Tensor:
+    """Apply the augmentation that a config names, drawn from ``rng``."""
+    channels, height, width = images.shape[1:]
+    draws = draw_augmentation(kind, len(images), (channels, height, width), rng)
+    return apply_augmentation(images, kind, draws.to(images.device))
+
+
+__all__ = ["apply_augmentation", "augment", "crop_flip", "draw_augmentation", "resized_crop_flip"]
