@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastdfkd_cli.config import GeneratorConfig
-from fastdfkd_cli.generators import Generator, Pixels
+from fastdfkd_cli.generators import Generator, Pixels, UpsampledConv2d
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -45,17 +45,33 @@ def test_the_papers_network_at_32() -> None:
     shapes = {name: tuple(p.shape) for name, p in generator.named_parameters() if p.ndim > 1}
     assert shapes == {
         "stem.weight": (128 * 8 * 8, 256),
-        "body.2.weight": (128, 128, 3, 3),
-        "body.6.weight": (64, 128, 3, 3),
-        "body.9.weight": (3, 64, 3, 3),
+        "body.1.weight": (128, 128, 3, 3),
+        "body.4.weight": (64, 128, 3, 3),
+        "body.7.weight": (3, 64, 3, 3),
     }
     assert [type(layer).__name__ for layer in generator.body] == [
         "BatchNorm2d",
-        *("Upsample", "Conv2d", "BatchNorm2d", "LeakyReLU"),
-        *("Upsample", "Conv2d", "BatchNorm2d", "LeakyReLU"),
+        *("UpsampledConv2d", "BatchNorm2d", "LeakyReLU"),
+        *("UpsampledConv2d", "BatchNorm2d", "LeakyReLU"),
         "Conv2d",
     ]
     assert {layer.negative_slope for layer in generator.body if isinstance(layer, nn.LeakyReLU)} == {0.2}
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 2, 1, 1), (3, 1, 1, 6)])
+def test_the_convolution_of_a_doubled_map_and_its_derivatives(shape: tuple[int, ...]) -> None:
+    ours = UpsampledConv2d(shape[1], 4).double()
+    x = torch.randn(shape, dtype=torch.float64, generator=rng()).requires_grad_()
+    weight = ours.weight.detach().clone().requires_grad_()
+    theirs = nn.functional.conv2d(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"), weight, padding=1)
+    out = ours(x)
+    assert torch.allclose(out, theirs)
+    pull = torch.randn(out.shape, dtype=torch.float64, generator=rng(1))
+    (theirs * pull).sum().backward()
+    expected, x.grad = x.grad, None
+    (out * pull).sum().backward()
+    assert torch.allclose(x.grad, expected)  # type: ignore[arg-type]
+    assert torch.allclose(ours.weight.grad, weight.grad)  # type: ignore[arg-type]
 
 
 def test_the_papers_network_at_224() -> None:
