@@ -10,6 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from fastdfkd_cli import bn_stats
 from fastdfkd_cli.bn_stats import BatchNormStatistics, batch_norm_layers, channel_moments
 from tiny import hooks_on, state_of, teacher
 
@@ -137,8 +138,7 @@ def test_the_term_is_zero_at_the_running_statistics() -> None:
         layer.running_var.copy_(var)  # type: ignore[operator, union-attr]
     x.requires_grad_()
     with BatchNormStatistics(model) as statistics:
-        model(x)
-        loss = statistics.loss()
+        loss = statistics.loss(statistics.observe(x)[1])
     assert loss < 1e-5
     loss.backward()
     assert torch.isfinite(x.grad).all()  # type: ignore[arg-type]
@@ -148,8 +148,7 @@ def test_the_term_has_a_gradient_at_its_exact_zero() -> None:
     model = nn.BatchNorm1d(2).eval()
     x = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], requires_grad=True)  # mean 0, variance 1: a new layer's memory
     with BatchNormStatistics(model) as statistics:
-        model(x)
-        loss = statistics.loss()
+        loss = statistics.loss(statistics.observe(x)[1])
     loss.backward()
     assert loss == 0
     assert torch.equal(x.grad, torch.zeros(2, 2))  # type: ignore[arg-type]
@@ -158,8 +157,7 @@ def test_the_term_has_a_gradient_at_its_exact_zero() -> None:
 def test_equation_13() -> None:
     model, x = teacher(), images()
     with BatchNormStatistics(model) as statistics:
-        model(x)
-        loss = statistics.loss()
+        loss = statistics.loss(statistics.observe(x)[1])
     assert loss.item() == pytest.approx(distance64(model, moments64(model, x)), rel=1e-4)
     assert loss > 0.01
 
@@ -173,8 +171,8 @@ def test_equations_14_and_15(momentum: float) -> None:
             # Two inner steps: only the last one's statistics count for Eq. 14.
             for inner in range(2):
                 x = images(10 * seed + inner) * (0.5 + 0.3 * seed)
-                statistics.reset()
-                model(x)
+                output, moments = statistics.observe(x)
+                assert torch.equal(output, model(x))
                 now = moments64(model, x)
                 mixed = now
                 if accumulated is not None:
@@ -183,13 +181,12 @@ def test_equations_14_and_15(momentum: float) -> None:
                         (momentum * a[0] + (1 - momentum) * b[0], momentum * a[1] + (1 - momentum) * b[1])
                         for a, b in pairs
                     ]
-                assert statistics.loss().item() == pytest.approx(distance64(model, mixed), rel=1e-4)
-            statistics.accumulate()
+                assert statistics.loss(moments).item() == pytest.approx(distance64(model, mixed), rel=1e-4)
+            statistics.accumulate(moments)
             accumulated = mixed
-    state = statistics.state_dict()
-    for name, (mean, var) in zip(batch_norm_layers(model), accumulated or [], strict=True):
-        assert torch.allclose(state[f"{name}.mean"].double(), mean, rtol=1e-4, atol=1e-6)
-        assert torch.allclose(state[f"{name}.var"].double(), var, rtol=1e-4, atol=1e-6)
+    assert accumulated is not None
+    expected = torch.cat([mean for mean, _ in accumulated] + [var for _, var in accumulated])
+    assert torch.allclose(statistics.state_dict()["accumulated"].double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_gradient_flows_through_the_batch_alone() -> None:
@@ -197,44 +194,77 @@ def test_the_gradient_flows_through_the_batch_alone() -> None:
     model = nn.Sequential(nn.BatchNorm2d(1)).eval()
     x = images()[:, :1]
     with BatchNormStatistics(model, 0.9) as statistics:
-        model(x)
-        statistics.accumulate()
-        statistics.reset()
+        statistics.accumulate(statistics.observe(x)[1])
         y = x.clone().requires_grad_()
-        model(y)
-        statistics.loss().backward()
+        statistics.loss(statistics.observe(y)[1]).backward()
     z = x.clone().requires_grad_()
     with BatchNormStatistics(model) as plain:
-        model(z)
-        plain.loss().backward()
+        plain.loss(plain.observe(z)[1]).backward()
     assert torch.allclose(y.grad, 0.1 * z.grad, rtol=1e-4, atol=1e-8)  # type: ignore[arg-type, operator]
 
 
 def test_without_momentum_nothing_is_kept() -> None:
     model = teacher()
     with BatchNormStatistics(model) as statistics:
-        model(images(0))
-        statistics.accumulate()
-        statistics.reset()
-        model(images(1))
-        assert statistics.loss().item() == pytest.approx(distance64(model, moments64(model, images(1))), rel=1e-4)
-    assert statistics.state_dict() == {}
+        statistics.accumulate(statistics.observe(images(0))[1])
+        loss = statistics.loss(statistics.observe(images(1))[1])
+    assert loss.item() == pytest.approx(distance64(model, moments64(model, images(1))), rel=1e-4)
+    assert not statistics.state_dict()["accumulated"].any()
 
 
-def test_a_pass_without_gradients_is_not_read() -> None:
+def test_only_an_observed_call_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model = teacher()
+    read: list[int] = []
+    moments = bn_stats.channel_moments
+    monkeypatch.setattr(bn_stats, "channel_moments", lambda x: (read.append(1), moments(x))[1])
     with BatchNormStatistics(model) as statistics:
-        with torch.no_grad():
-            model(images())
-        with pytest.raises(RuntimeError, match="no BatchNorm layer ran"):
-            statistics.loss()
+        model(images())
+        assert not read
+        statistics.observe(images())
+        assert len(read) == 2
+        model(images())
+        assert len(read) == 2
+
+
+def test_a_model_whose_layers_do_not_run_is_told() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3))
+
+    with BatchNormStatistics(Idle()) as statistics, pytest.raises(RuntimeError, match="no BatchNorm layer"):
+        statistics.observe(images())
+
+
+def test_a_layer_that_runs_twice_counts_twice() -> None:
+    layer = nn.BatchNorm2d(3).eval()
+    x = images()
+    with BatchNormStatistics(nn.Sequential(layer, layer)) as statistics:
+        output, moments = statistics.observe(x)
+        loss = statistics.loss(moments)
+    assert moments.shape == (12,)
+    once = distance64(layer, moments64(layer, x))
+    # What the first call gives out is all but what it took in: mean 0 and variance 1 are remembered.
+    assert loss.item() == pytest.approx(2 * once, rel=1e-3)
+    assert output.shape == x.shape
+
+
+def test_shifted_moments_are_the_moments() -> None:
+    x = 50 + torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, var = channel_moments(x)
+    for centre in (torch.full((3,), 49.0), mean):
+        shifted = bn_stats.shifted_moments(x, centre)
+        assert torch.allclose(shifted[0], mean, rtol=1e-5)
+        assert torch.allclose(shifted[1], var, rtol=1e-3)
 
 
 def test_the_term_reaches_the_images_through_a_frozen_teacher() -> None:
     model, x = teacher(), images().requires_grad_()
     with BatchNormStatistics(model, 0.9) as statistics:
-        model(x)
-        statistics.loss().backward()
+        statistics.loss(statistics.observe(x)[1]).backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -248,8 +278,7 @@ def test_nothing_stays_on_the_teacher() -> None:
     before = state_of(model)
     with BatchNormStatistics(model, 0.9) as statistics:
         assert hooks_on(model) == 2
-        model(images())
-        statistics.accumulate()
+        statistics.accumulate(statistics.observe(images())[1])
     after = state_of(model)
     assert before["hooks"] == after["hooks"] == 0
     assert all(torch.equal(before["tensors"][name], after["tensors"][name]) for name in before["tensors"])
@@ -275,16 +304,23 @@ def test_a_users_own_hook_stays() -> None:
 def test_the_state_can_be_taken_up() -> None:
     model = teacher()
     with BatchNormStatistics(model, 0.9) as first:
-        model(images(0))
-        first.accumulate()
-        first.reset()
-        with BatchNormStatistics(model, 0.9) as second:
-            second.load_state_dict(first.state_dict())
-            model(images(1))
-            assert torch.equal(first.loss(), second.loss())
-    stranger = {"other.mean": torch.zeros(4), "other.var": torch.ones(4)}
-    with pytest.raises(ValueError, match="unknown layers: other"):
-        second.load_state_dict(stranger)
+        first.accumulate(first.observe(images(0))[1])
+        state = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+        expected = first.loss(first.observe(images(1))[1])
+    with BatchNormStatistics(model, 0.9) as second:
+        second.load_state_dict(state)
+        assert torch.equal(second.loss(second.observe(images(1))[1]), expected)
+    fresh = BatchNormStatistics(model, 0.9)
+    assert fresh.state_dict() == {}
+    fresh.load_state_dict({})
+    with BatchNormStatistics(teacher(width=5), 0.9) as stranger:
+        stranger.load_state_dict(state)
+        with pytest.raises(ValueError, match="another model's"):
+            stranger.observe(images())
+    with BatchNormStatistics(teacher(width=5), 0.9) as stranger:
+        stranger.observe(images())
+        with pytest.raises(ValueError, match="another model's"):
+            stranger.load_state_dict(state)
 
 
 def test_moments_of_a_long_way_from_zero_keep_their_variance() -> None:

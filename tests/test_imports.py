@@ -21,6 +21,7 @@ LAYERS = (
     {"errors"},
     {"config", "records", "recipes", "settings"},
     {
+        "acceleration",
         "architectures",
         "augment",
         "generators",

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastdfkd_cli.acceleration import EAGER, Acceleration
 from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.methods.base import SyntheticBatch
 from fastdfkd_cli.methods.fast_meta import FastMeta
@@ -18,6 +19,10 @@ from fastdfkd_cli.methods.fast_meta import FastMeta
 
 class Synthesizer(Protocol):
     """Produces batches of images for a teacher, and can be stored and taken up again."""
+
+    def prepare(self, student: nn.Module | None = None) -> None:
+        """Make ready for batches with ``student``, or without one: compile, reserve. No result depends on it."""
+        ...
 
     def synthesize(self, student: nn.Module | None = None) -> SyntheticBatch:
         """Make one batch; with a student (images in [0, 1] -> logits), the adversarial term takes part."""
@@ -52,6 +57,7 @@ def build_method(
     device: torch.device,
     amp: bool,
     seed: int | None = None,
+    acceleration: Acceleration = EAGER,
 ) -> Synthesizer:
     """Build the method that ``config.method`` names.
 
@@ -63,8 +69,10 @@ def build_method(
         device: where to work.
         amp: bf16 autocast in the networks (losses and statistics stay in float32).
         seed: instead of ``config.seed``.
+        acceleration: graphs, compilation and micro-batches; none unless it is given.
     """
     keywords: dict[str, Any] = {"image_size": image_size, "num_classes": num_classes, "device": device, "amp": amp}
+    keywords["acceleration"] = acceleration
     return METHODS[config.method](config, teacher, seed=config.seed if seed is None else seed, **keywords)
 
 

@@ -13,13 +13,15 @@ The other rows of the paper's Table 5 are the same loop with three switches: ``r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdfkd_cli import losses
-from fastdfkd_cli.augment import augment
+from fastdfkd_cli.acceleration import EAGER, Acceleration, Captured, to_device
+from fastdfkd_cli.augment import apply_augmentation, draw_augmentation
 from fastdfkd_cli.bn_stats import BatchNormStatistics
 from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.generators import Generator, Pixels
@@ -28,7 +30,12 @@ from fastdfkd_cli.pool import to_uint8
 
 
 class FastMeta:
-    """The meta-learned synthesiser. See :func:`fastdfkd_cli.methods.build_method` for the arguments."""
+    """The meta-learned synthesiser. See :func:`fastdfkd_cli.methods.build_method` for the arguments.
+
+    A batch is drawn on the CPU (latents, labels, augmentations) and then computed on the device from tensors that stay
+    where they are: without a question to the device, a copy or a new optimiser in the loop, so that all k steps can be
+    replayed as one CUDA graph.
+    """
 
     def __init__(
         self,
@@ -40,6 +47,7 @@ class FastMeta:
         device: torch.device,
         amp: bool,
         seed: int,
+        acceleration: Acceleration = EAGER,
     ) -> None:
         self.config = config.synthesis
         self.generator_config = config.generator
@@ -48,6 +56,7 @@ class FastMeta:
         self.num_classes = num_classes
         self.device = device
         self.amp = amp
+        self.acceleration = acceleration
         # Draws are made on the CPU, so that one seed means one set of latents and labels on every device.
         self.rng = torch.Generator().manual_seed(seed)
         self.batches = 0
@@ -55,12 +64,20 @@ class FastMeta:
         if self.config.feature_weight > 0:
             self.statistics = BatchNormStatistics(teacher, self.config.feature_momentum)
             self.statistics.__enter__()
+        self._observe: Callable[[Tensor], tuple[Tensor, Tensor | None]] = self._observe_teacher
+        self._ask: Callable[[Tensor], Tensor] = self._ask_student
         self.shared = self._new_generator()  # theta^: what is common to all images
         self.adapted = self._new_generator()  # theta: its copy, adapted to one batch
         self.shared_latent: Tensor | None = None  # z^, where it is kept between batches
         if self._keeps_latent:
             self.shared_latent = self._new_latent()
         self.meta_optimizer = self._new_meta_optimizer()
+        self.z = torch.zeros(config.synthesis.batch_size, *self.shared.latent_shape, device=device).requires_grad_()
+        self.labels = torch.zeros(config.synthesis.batch_size, dtype=torch.int64, device=device)
+        self.draws = [draws.to(device) for draws in self._draw_augmentations(torch.Generator())]
+        self.inner_optimizer = self._new_inner_optimizer()
+        self.student: nn.Module | None = None
+        self._run = self._new_run()
 
     # -- the pieces ---------------------------------------------------------------------------------------------
 
@@ -82,112 +99,257 @@ class FastMeta:
         return generator.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
     def _new_latent(self) -> Tensor:
-        return self.shared.sample_latent(self.config.batch_size, self.rng).to(self.device)
+        return to_device(self.shared.sample_latent(self.config.batch_size, self.rng), self.device)
+
+    def _draw_augmentations(self, rng: torch.Generator) -> list[Tensor]:
+        """How each of the k steps varies the images."""
+        config = self.config
+        return [
+            draw_augmentation(config.augmentation, config.batch_size, self.image_size, rng) for _ in range(config.steps)
+        ]
+
+    def _adam(self, groups: list[dict[str, Any]]) -> torch.optim.Adam:
+        cuda = self.device.type == "cuda"
+        # One kernel for all weights, where there is one; a step count on the device, which a graph can replay.
+        fused = cuda or self.device.type == "cpu"
+        betas = (self.config.beta1, self.config.beta2)
+        return torch.optim.Adam([g for g in groups if g["params"]], betas=betas, fused=fused, capturable=cuda)
+
+    def _new_inner_optimizer(self) -> torch.optim.Adam:
+        return self._adam(
+            [
+                {"params": list(self.adapted.parameters()), "lr": self.config.lr_generator},
+                {"params": [self.z], "lr": self.config.lr_latent},
+            ]
+        )
 
     def _new_meta_optimizer(self) -> torch.optim.Adam | None:
         if self.config.reuse != "meta":
             return None
-        groups = [{"params": list(self.shared.parameters()), "lr": self.config.meta_lr}]
-        if self.shared_latent is not None:
-            groups.append({"params": [self.shared_latent], "lr": self.config.meta_lr_latent})
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.Adam(groups, betas=(self.config.beta1, self.config.beta2))
+        latents = [] if self.shared_latent is None else [self.shared_latent]
+        return self._adam(
+            [
+                {"params": list(self.shared.parameters()), "lr": self.config.meta_lr},
+                {"params": latents, "lr": self.config.meta_lr_latent},
+            ]
+        )
+
+    def _new_run(self) -> Captured[SyntheticBatch]:
+        return self.acceleration.captured(self._adapt, "synthesis")
 
     # -- Algorithm 1 --------------------------------------------------------------------------------------------
 
+    def prepare(self, student: nn.Module | None = None) -> None:
+        """Compile the networks' passes, where that is wanted, before the first batch is timed."""
+        batch = min(self.acceleration.micro_batch or self.config.batch_size, self.config.batch_size)
+        probe = torch.full((batch, *self.image_size), 0.5, device=self.device)
+        probe = probe.contiguous(memory_format=torch.channels_last).requires_grad_()
+        if self.acceleration.compile and self.statistics is not None:
+            with torch.no_grad():
+                self._observe_teacher(probe)  # lays out what the compiled pass finds ready
+        self._observe = self.acceleration.compiled(
+            self._observe_teacher, "the teacher's pass in synthesis", probe, modules=[self.teacher]
+        )
+        if student is not None and self.config.adversarial_weight > 0:
+            self.student = student
+            with frozen(student):
+                self._ask = self.acceleration.compiled(
+                    self._ask_student, "the student's pass in synthesis", probe, modules=[student]
+                )
+
     def synthesize(self, student: nn.Module | None = None) -> SyntheticBatch:
         """Lines 4 to 14: adapt for k steps, hand out the images, update what is shared."""
-        config = self.config
+        if student is not self.student:
+            # What was recorded computes with the other one; in a run this happens once, when warm-up rounds end.
+            self.student = student
+            self._run = self._new_run()
         self._reinitialise()
-        labels = torch.randint(self.num_classes, (config.batch_size,), generator=self.rng)
-        labels = labels.to(self.device, non_blocking=True)
-        # Line 6: z, theta <- z^, theta^.
-        start = self._new_latent() if self.shared_latent is None else self.shared_latent
-        z = start.detach().clone().requires_grad_()
-        self.adapted.load_state_dict(self.shared.state_dict())
+        self._draw()
+        with frozen(student):
+            batch = self._run()
+        self.batches += 1
+        if not self._run.replays:
+            return SyntheticBatch(batch.images, self.labels.clone(), batch.losses)
+        # What a recording gives out is written over by its next run.
+        terms = {name: term.clone() for name, term in batch.losses.items()}
+        return SyntheticBatch(batch.images.clone(), self.labels.clone(), terms)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """Everything random about a batch, put where the k steps read it. Line 6 for a z that is drawn anew."""
+        labels = torch.randint(self.num_classes, (self.config.batch_size,), generator=self.rng)
+        self.labels.copy_(to_device(labels, self.device))
+        if self.shared_latent is None:
+            self.z.copy_(self._new_latent())
+        for kept, drawn in zip(self.draws, self._draw_augmentations(self.rng), strict=True):
+            kept.copy_(to_device(drawn, self.device))
+
+    def _adapt(self) -> SyntheticBatch:
+        """Lines 6 to 14, from tensors that stay where they are."""
+        config, student = self.config, self.student
+        with torch.no_grad():  # Line 6: z, theta <- z^, theta^
+            if self.shared_latent is not None:
+                self.z.copy_(self.shared_latent)
+            _copy(self.adapted.parameters(), self.shared.parameters())
+        for state in self.inner_optimizer.state.values():  # a fresh Adam for each batch
+            for value in state.values():
+                value.zero_()
         parameters = list(self.adapted.parameters())
-        inner = torch.optim.Adam(
-            [{"params": parameters, "lr": config.lr_generator}, {"params": [z], "lr": config.lr_latent}]
-            if parameters
-            else [{"params": [z], "lr": config.lr_latent}],
-            betas=(config.beta1, config.beta2),
-        )
-        adapted = [*parameters, z]
+        adapted = [*parameters, self.z]
         gradient_sums = [torch.zeros_like(p) for p in adapted] if self._fomaml else []
 
         kept: SyntheticBatch | None = None
+        moments: Tensor | None = None
         lowest = torch.full((), float("inf"), device=self.device)
-        with frozen(student):
-            for _ in range(config.steps):  # Lines 7 to 9, Eq. 6.
-                images, terms, total = self._inversion_loss(z, labels, student)
-                inner.zero_grad(set_to_none=True)
-                if total.requires_grad:  # without a student, an adversarial term alone leaves nothing to descend
-                    total.backward()
-                for accumulated, parameter in zip(gradient_sums, adapted, strict=False):
-                    if parameter.grad is not None:
-                        accumulated.add_(parameter.grad)
-                kept, lowest = self._keep(kept, lowest, images, labels, terms, total)
-                inner.step()
+        for draws in self.draws:  # Lines 7 to 9, Eq. 6.
+            self.inner_optimizer.zero_grad(set_to_none=True)
+            images, terms, moments = self._descend(draws, student)
+            for accumulated, parameter in zip(gradient_sums, adapted, strict=False):
+                if parameter.grad is not None:
+                    accumulated.add_(parameter.grad)
+            kept, lowest = self._keep(kept, lowest, images, terms)
+            self.inner_optimizer.step()
         assert kept is not None
         if config.keep == "last":  # Line 10: x* = G(z; theta), behind the last step
-            with torch.no_grad(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-                kept = SyntheticBatch(to_uint8(self.adapted(z)), labels, kept.losses)
+            with torch.no_grad(), self._autocast():
+                kept = SyntheticBatch(to_uint8(self.adapted(self.z)), self.labels, kept.losses)
         if self.statistics is not None:
-            self.statistics.accumulate()  # Eq. 14, once per batch
-            self.statistics.reset()
+            assert moments is not None
+            self.statistics.accumulate(moments)  # Eq. 14, once per batch
         self._update_shared(adapted, gradient_sums)  # Line 14
-        self.batches += 1
         return kept
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp)
+
+    def _observe_teacher(self, varied: Tensor) -> tuple[Tensor, Tensor | None]:
+        """f_t(x), and the moments of its BatchNorm inputs where the feature term is on."""
+        with self._autocast():
+            if self.statistics is None:
+                return self.teacher(varied), None
+            return self.statistics.observe(varied)
+
+    def _ask_student(self, varied: Tensor) -> Tensor:
+        assert self.student is not None
+        with self._autocast():
+            return self.student(varied)
+
+    def _descend(self, draws: Tensor, student: nn.Module | None) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """The gradients of Eq. 13 (Eq. 15 with momentum) at G(z; theta) in z and theta: images, terms, moments."""
+        with self._autocast():
+            images = self.adapted(self.z)
+        if 0 < self.acceleration.micro_batch < len(images):
+            return images, *self._in_micro_batches(images, draws, student)
+        terms, moments = self._inversion_loss(images, self.labels, draws, student)
+        if terms["total"].requires_grad:  # without a student, an adversarial term alone leaves nothing to descend
+            terms["total"].backward()
+        return images, terms, moments
+
     def _inversion_loss(
-        self, z: Tensor, labels: Tensor, student: nn.Module | None
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Eq. 13 (Eq. 15 with momentum) at G(z; theta): images, the unweighted terms, the weighted sum."""
+        self, images: Tensor, labels: Tensor, draws: Tensor, student: nn.Module | None, *, feature: bool = True
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Eq. 13 (Eq. 15 with momentum) at ``images``: the unweighted terms with their weighted sum, and the moments.
+
+        ``feature=False`` leaves the feature term to the caller.
+        """
         config = self.config
-        if self.statistics is not None:
-            self.statistics.reset()
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            images = self.adapted(z)
-            varied = augment(images, self.rng, config.augmentation)
-            teacher_logits = self.teacher(varied)
+        varied = apply_augmentation(images, config.augmentation, draws)
+        teacher_logits, moments = self._observe(varied)
         terms: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.device)
-        if self.statistics is not None:
-            terms["feature"] = self.statistics.loss()
+        if self.statistics is not None and feature:
+            assert moments is not None
+            terms["feature"] = self.statistics.loss(moments)
             total = total + config.feature_weight * terms["feature"]
         if config.class_weight > 0:
             terms["class"] = losses.classification(teacher_logits, labels)
             total = total + config.class_weight * terms["class"]
         if config.adversarial_weight > 0 and student is not None:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-                student_logits = student(varied)
             adversarial = losses.ADVERSARIAL[config.adversarial]
-            terms["adversarial"] = adversarial(teacher_logits, student_logits, config.adversarial_temperature)
+            terms["adversarial"] = adversarial(teacher_logits, self._ask(varied), config.adversarial_temperature)
             total = total + config.adversarial_weight * terms["adversarial"]
         terms["total"] = total
-        return images, terms, total
+        return terms, moments
+
+    def _in_micro_batches(
+        self, images: Tensor, draws: Tensor, student: nn.Module | None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """:meth:`_descend` with the activations of a few images at a time, to the same result.
+
+        The generator has the whole batch at once (its BatchNorm wants it); teacher and student see each image by
+        itself. Only the feature term ties the batch together: its statistics are collected in a first pass without
+        gradients, and its derivative in them is then handed to each part in a second one.
+        """
+        count, size = len(images), self.acceleration.micro_batch
+        parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        shares = [(part.stop - part.start) / count for part in parts]
+        leaf = images.detach().requires_grad_()
+        terms: dict[str, Tensor] = {}
+        moments, pull = None, None
+        if self.statistics is not None:
+            moments = self._moments_of_parts(leaf, draws, parts, shares)
+            variable = moments.clone().requires_grad_()
+            terms["feature"] = self.statistics.loss(variable)
+            (pull,) = torch.autograd.grad(self.config.feature_weight * terms["feature"], variable)
+        sums: dict[str, Tensor] = {}
+        for part, share in zip(parts, shares, strict=True):
+            found, here = self._inversion_loss(leaf[part], self.labels[part], draws[:, part], student, feature=False)
+            total = share * found.pop("total")
+            if here is not None and moments is not None and pull is not None:
+                total = total + share * _linearised(here, moments, pull)
+            if total.requires_grad:
+                total.backward()
+            for name, term in found.items():
+                sums[name] = sums.get(name, 0) + share * term.detach()
+        if leaf.grad is not None:
+            images.backward(leaf.grad)
+        terms |= sums
+        weights = {
+            "feature": self.config.feature_weight,
+            "class": self.config.class_weight,
+            "adversarial": self.config.adversarial_weight,
+        }
+        terms["total"] = sum(
+            (weights[name] * term.detach() for name, term in terms.items()), torch.zeros((), device=self.device)
+        )
+        return terms, moments
+
+    @torch.no_grad()
+    def _moments_of_parts(self, images: Tensor, draws: Tensor, parts: list[slice], shares: list[float]) -> Tensor:
+        """The whole batch's moments from those of its parts."""
+        means, squares = [], []
+        for part, share in zip(parts, shares, strict=True):
+            varied = apply_augmentation(images[part], self.config.augmentation, draws[:, part])
+            _, moments = self._observe(varied)
+            assert moments is not None
+            mean, var = moments.chunk(2)
+            means.append(share * mean)
+            squares.append((share, mean, var))
+        mean = torch.stack(means).sum(0)
+        # About the common mean: no cancellation.
+        var = torch.stack([share * (v + (m - mean) ** 2) for share, m, v in squares]).sum(0)
+        return torch.cat([mean, var])
 
     def _keep(
         self,
         kept: SyntheticBatch | None,
         lowest: Tensor,
         images: Tensor,
-        labels: Tensor,
         terms: Mapping[str, Tensor],
-        total: Tensor,
     ) -> tuple[SyntheticBatch, Tensor]:
         """Choose between the iterate kept so far and the present one, without asking the device for a number."""
         losses_now = {name: term.detach() for name, term in terms.items()}
-        batch = SyntheticBatch(to_uint8(images), labels, losses_now)
+        total = losses_now["total"]
+        batch = SyntheticBatch(to_uint8(images), self.labels, losses_now)
         if kept is None or self.config.keep == "last":
-            return batch, total.detach()
-        better = total.detach() < lowest
+            return batch, total
+        better = total < lowest
         chosen = SyntheticBatch(
             torch.where(better, batch.images, kept.images),
-            labels,
+            self.labels,
             {name: torch.where(better, losses_now[name], kept.losses[name]) for name in losses_now},
         )
-        return chosen, torch.where(better, total.detach(), lowest)
+        return chosen, torch.where(better, total, lowest)
 
     @property
     def _fomaml(self) -> bool:
@@ -213,17 +375,20 @@ class FastMeta:
         self.meta_optimizer.step()
         self.meta_optimizer.zero_grad(set_to_none=True)
 
+    @torch.no_grad()
     def _reinitialise(self) -> None:
-        """What starts anew before a batch: everything without reuse; z^ now and then (line 5)."""
+        """What starts anew before a batch: everything without reuse; z^ now and then (line 5). All in place."""
         if self.batches == 0:
             return
         if self.config.reuse == "none":
-            self.shared = self._new_generator()
+            _copy(self.shared.parameters(), self._new_generator().parameters())
             return
         period = self.config.latent_reset_every
         if self.shared_latent is not None and period and self.batches % period == 0:
-            self.shared_latent = self._new_latent()
-            self.meta_optimizer = self._new_meta_optimizer()
+            self.shared_latent.copy_(self._new_latent())
+            for state in self.meta_optimizer.state.values() if self.meta_optimizer is not None else ():
+                for value in state.values():
+                    value.zero_()
 
     def renew(self) -> None:
         """Draw the shared generator's first layer anew (pixels have none)."""
@@ -258,11 +423,15 @@ class FastMeta:
         self.meta_optimizer = self._new_meta_optimizer()
         if self.meta_optimizer is not None:
             entries: dict[int, dict[str, Tensor]] = {}
+            parameters = [p for group in self.meta_optimizer.param_groups for p in group["params"]]
             for name, tensor in part("meta_optimizer.").items():
                 index, _, key = name.partition(".")
-                entries.setdefault(int(index), {})[key] = tensor.clone()
+                # In the weight's own memory layout, which a file does not keep: the fused kernel walks both alike.
+                like = parameters[int(index)] if key != "step" else tensor
+                entries.setdefault(int(index), {})[key] = torch.empty_like(like).copy_(tensor)
             groups = self.meta_optimizer.state_dict()["param_groups"]
             self.meta_optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        self._run = self._new_run()  # a recording would go on with the earlier optimiser
         if self.statistics is not None:
             self.statistics.load_state_dict({k: v.to(self.device) for k, v in part("statistics.").items()})
         self.rng.set_state(state["rng"].cpu())
@@ -272,6 +441,23 @@ class FastMeta:
         """Take the hooks off the teacher."""
         if self.statistics is not None:
             self.statistics.__exit__(None, None, None)
+
+
+def _copy(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+def _linearised(moments: Tensor, of_batch: Tensor, pull: Tensor) -> Tensor:
+    """A function of a part's ``moments`` with the derivative in its images that ``pull . of_batch`` has in them.
+
+    With weights w over parts, the batch's mean is sum w m and its variance sum w (v + m^2) - mean^2; the factor w is
+    the caller's.
+    """
+    mean, var = moments.chunk(2)
+    batch_mean, _ = of_batch.chunk(2)
+    pull_mean, pull_var = pull.chunk(2)
+    return (pull_mean * mean + pull_var * (var + mean * (mean - 2 * batch_mean))).sum()
 
 
 __all__ = ["FastMeta"]
