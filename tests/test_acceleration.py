@@ -1,0 +1,279 @@
+"""Graphs and compilation: the same results, the rules of a recording, and the way back where one cannot be had."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdfkd_cli import acceleration
+from fastdfkd_cli.acceleration import EAGER, WARM_UP, Acceleration, Captured, require_compiler, to_device
+from fastdfkd_cli.config import RunConfig
+from fastdfkd_cli.methods import build_method
+from fastdfkd_cli.methods.base import SyntheticBatch
+from fastdfkd_cli.methods.fast_meta import FastMeta
+from recording import TapedRecording
+from tiny import CLASSES, SIZE, config, net, teacher
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[TapedRecording]:
+    """Recordings on the CPU, in the order in which they were made."""
+    made: list[TapedRecording] = []
+
+    def recorder(_: Captured[Any]) -> TapedRecording:
+        tape = TapedRecording()
+        made.append(tape)
+        return tape
+
+    monkeypatch.setattr(Captured, "_recorder", recorder)
+    return made
+
+
+def method(settings: RunConfig, how: Acceleration = EAGER, model: nn.Module | None = None) -> FastMeta:
+    found = build_method(
+        settings, model or teacher(), image_size=SIZE, num_classes=CLASSES, device=CPU, amp=False, acceleration=how
+    )
+    assert isinstance(found, FastMeta)
+    return found
+
+
+# A recording
+
+
+def test_the_first_calls_run_as_they_are_and_the_others_are_replayed(tapes: list[TapedRecording]) -> None:
+    calls = []
+    x, total = torch.zeros(3), torch.zeros(3)
+
+    def function() -> Tensor:
+        calls.append(1)
+        total.add_(x)
+        return total * 2
+
+    captured = Captured(function, "adding")
+    results = []
+    for value in range(7):
+        x.fill_(value)
+        results.append(captured().clone())
+    assert [int(r[0]) for r in results] == [2 * sum(range(value + 1)) for value in range(7)]
+    assert len(calls) == WARM_UP + 1  # the last of them recorded
+    assert captured.replays
+    assert tapes[-1].replays == 7 - WARM_UP
+
+
+def test_without_it_a_function_is_called_as_it_is(tapes: list[TapedRecording]) -> None:
+    captured = EAGER.captured(lambda: torch.ones(1), "one")
+    for _ in range(WARM_UP + 3):
+        captured()
+    assert not captured.replays
+    assert not tapes
+
+
+@pytest.mark.parametrize("question", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.sum() > 0)])
+def test_what_cannot_be_recorded_runs_as_it_is_and_is_said(tapes: list[TapedRecording], question: Any) -> None:
+    said: list[str] = []
+    x, total = torch.ones(2), torch.zeros(2)
+
+    def function() -> Tensor:
+        total.add_(x)
+        question(x)
+        return total
+
+    captured = Acceleration(graphs=True, say=said.append).captured(function, "asking")
+    for _ in range(6):
+        captured()
+    assert not captured.replays
+    assert len(said) == 1
+    assert said[0].startswith("asking cannot be captured as a CUDA graph and runs kernel by kernel (operation not")
+
+
+# A whole batch of the method
+
+
+def run(found: FastMeta, students: list[nn.Module | None]) -> tuple[list[SyntheticBatch], list[Tensor]]:
+    batches = [found.synthesize(student) for student in students]
+    return batches, [p.detach().clone() for p in found.shared.parameters()]
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"synthesis__meta_gradient": "reptile", "synthesis__latent": "meta", "synthesis__latent_reset_every": 3},
+    {"synthesis__reuse": "sequential", "synthesis__keep": "last"},
+    {"synthesis__reuse": "none", "synthesis__adversarial": "jsd"},
+    {"synthesis__images": "pixel", "synthesis__augmentation": "none"},
+    {"synthesis__feature_weight": 0, "synthesis__augmentation": "resized-crop-flip"},
+    {"generator__kind": "map", "synthesis__feature_momentum": 0},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_replayed_batches_are_the_batches(tapes: list[TapedRecording], variant: dict[str, Any]) -> None:
+    settings = config(**variant)
+    student = net(1)
+    # Warm-up rounds without a student, then the others with one, which is trained meanwhile.
+    students: list[nn.Module | None] = [None] * 6 + [student] * 6
+    plain = method(settings)
+    replayed = method(settings, Acceleration(graphs=True))
+    expected = []
+    for current in students:
+        expected.append(plain.synthesize(current))
+        _train(student)
+    student.load_state_dict(net(1).state_dict())
+    found = []
+    for current in students:
+        found.append(replayed.synthesize(current))
+        _train(student)
+    assert [tape.replays for tape in tapes if tape.replays] == [6 - WARM_UP] * 2
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+        assert {k: v.item() for k, v in one.losses.items()} == {k: v.item() for k, v in other.losses.items()}
+    assert len({batch.images.sum().item() for batch in found}) == 12
+    state, replayed_state = plain.state_dict(), replayed.state_dict()
+    assert state.keys() == replayed_state.keys()
+    assert all(torch.equal(state[name], replayed_state[name]) for name in state)
+
+
+def _train(student: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(0.99)
+
+
+def test_a_state_taken_up_is_not_replayed_from_an_earlier_recording(tapes: list[TapedRecording]) -> None:
+    settings = config()
+    plain = method(settings)
+    for _ in range(2):
+        plain.synthesize()
+    state = plain.state_dict()
+    replayed = method(settings, Acceleration(graphs=True))
+    for _ in range(WARM_UP + 2):
+        replayed.synthesize()
+    replayed.load_state_dict(state)
+    for _ in range(WARM_UP + 2):
+        assert torch.equal(plain.synthesize().images, replayed.synthesize().images)
+
+
+# Micro-batches
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[1], VARIANTS[4], VARIANTS[5], VARIANTS[6]])
+@pytest.mark.parametrize("with_student", [False, True])
+def test_micro_batches_come_to_the_same(size: int, variant: dict[str, Any], with_student: bool) -> None:
+    settings = config(**variant, synthesis__batch_size=6)
+    student = net(1) if with_student else None
+    whole, parts = method(settings), method(settings, Acceleration(micro_batch=size))
+    for _ in range(3):
+        one, other = whole.synthesize(student), parts.synthesize(student)
+        assert (one.images.int() - other.images.int()).abs().max() <= 1
+        assert one.losses.keys() == other.losses.keys()
+        for name, value in one.losses.items():
+            assert other.losses[name].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-5), name
+    for a, b in zip(whole.shared.parameters(), parts.shared.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-2, atol=1e-4)
+
+
+def test_the_gradients_of_micro_batches_are_those_of_the_batch() -> None:
+    settings = config(synthesis__batch_size=6)
+    student = net(1).eval().requires_grad_(False)
+    found = []
+    for size in (0, 4):
+        made = method(settings, Acceleration(micro_batch=size))
+        made.synthesize(student)  # Eq. 14's statistics are there from now on
+        made._draw()
+        made._descend(made.draws[0], student)
+        found.append([made.z.grad, *(parameter.grad for parameter in made.adapted.parameters())])
+    for whole, parts in zip(*found, strict=True):
+        assert whole is not None
+        assert parts is not None
+        assert (whole - parts).norm() <= 1e-3 * whole.norm() + 1e-7
+
+
+def test_teacher_and_student_see_a_micro_batch_at_a_time() -> None:
+    found, student = method(config(synthesis__batch_size=10), Acceleration(micro_batch=4)), net(1)
+    seen: dict[str, list[int]] = {"teacher": [], "student": []}
+    found.teacher.register_forward_hook(lambda _, args, __: seen["teacher"].append(len(args[0])))
+    student.register_forward_hook(lambda _, args, __: seen["student"].append(len(args[0])))
+    found.synthesize(student)
+    # The teacher twice: for the statistics of the whole batch, and for their gradient.
+    assert seen == {"teacher": [4, 4, 2] * 4, "student": [4, 4, 2] * 2}
+
+
+# Compilation
+
+
+def test_no_compiler_is_said_and_the_function_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.delenv("CXX", raising=False)
+    said: list[str] = []
+
+    def double(x: Tensor) -> Tensor:
+        return 2 * x
+
+    how = Acceleration(compile=True, say=said.append)
+    assert how.compiled(double, "doubling", torch.ones(1)) is double
+    assert said == ["doubling cannot be compiled and runs as it is (no C++ compiler: g++ is not installed)"]
+    monkeypatch.setenv("CXX", "my-compiler")
+    with pytest.raises(RuntimeError, match="my-compiler is not installed"):
+        require_compiler()
+
+
+def test_what_a_compiler_cannot_do_is_said_and_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def failing(*_: Any, **__: Any) -> Any:
+        def raising(*_: Tensor) -> Tensor:
+            raise NotImplementedError("no lowering for this\nand a long story")
+
+        return raising
+
+    monkeypatch.setattr(torch, "compile", failing)
+    monkeypatch.setattr(acceleration, "require_compiler", lambda: None)
+    found = method(config(), Acceleration(compile=True, say=said.append))
+    student = net(1)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    found.prepare(student)
+    assert len(said) == 2
+    assert said[0] == "the teacher's pass in synthesis cannot be compiled and runs as it is (no lowering for this)"
+    plain = method(config())
+    assert torch.equal(found.synthesize(student).images, plain.synthesize(student).images)
+    assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
+
+
+def test_a_trial_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(acceleration, "require_compiler", lambda: None)
+    model = net(dropout=0.5).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.rand(4, *SIZE)
+    random = torch.get_rng_state()
+    Acceleration(compile=True).compiled(model, "training", x, modules=[model])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(random, torch.get_rng_state())
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="compiling for a CPU needs a C++ compiler")
+def test_compiled_batches_are_the_batches_within_rounding() -> None:
+    settings = config(synthesis__steps=2)
+    student, said = net(1), []
+    plain, compiled = method(settings), method(settings, Acceleration(compile=True, say=said.append))
+    compiled.prepare(student)
+    assert all("compiled in" in line for line in said), said
+    assert len(said) == 2
+    for current in (None, student, student):
+        one, other = plain.synthesize(current), compiled.synthesize(current)
+        assert (one.images.int() - other.images.int()).abs().max() <= 2
+        for name, value in one.losses.items():
+            assert other.losses[name].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-4), name
+
+
+def test_tensors_stay_where_they_are_on_one_device() -> None:
+    x = torch.ones(2)
+    assert to_device(x, CPU) is x
