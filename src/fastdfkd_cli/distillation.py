@@ -250,49 +250,61 @@ class Distillation:
 
     def _synthesize(self, distils: bool) -> Iterator[Record]:
         """A round's batches. The adversarial term counts only once the student is being trained."""
-        assert self.synthesizer is not None
         made = 0
         # Not a range: under a time budget the first batch decides how many a round has.
         while made < self.clock.batches_per_round and not (made and self.clock.out_of_time):
             began = time.perf_counter()
-            batch = self.synthesizer.synthesize(self.student.net if distils else None)
-            self.pool.add(batch.images, batch.labels)
+            count = self.synthesize_batch(with_student=distils)
             synchronize(self.device)
             seconds = time.perf_counter() - began
             self.costs.synthesis += seconds
-            self.images_made += len(batch.images)
             made += 1
-            if self.clock.budget is not None and self.images_made == len(batch.images):
+            if self.clock.budget is not None and self.images_made == count:
                 self._fit_schedule()
-            self._batch_losses = batch.losses
             if self._record_is_due():
                 # A student that broke breaks the adversarial term too: name the cause before its effect.
                 self._check_finite("distillation", self.steps_taken, self._step_figures)
-                values = self._check_finite("synthesis", self.images_made, batch.losses)
-                yield self._synthesis_record(rate=len(batch.images) / seconds, values=values)
+                values = self._check_finite("synthesis", self.images_made, self._batch_losses)
+                yield self._synthesis_record(rate=count / seconds, values=values)
+
+    def synthesize_batch(self, with_student: bool) -> int:
+        """Make one batch and put it into the pool; the number of its images. The device may still be at work on it.
+
+        Args:
+            with_student: whether the student takes part (the adversarial term).
+        """
+        assert self.synthesizer is not None
+        batch = self.synthesizer.synthesize(self.student.net if with_student else None)
+        self.pool.add(batch.images, batch.labels)
+        self.images_made += len(batch.images)
+        self._batch_losses = batch.losses
+        return len(batch.images)
 
     def _distil(self) -> Iterator[Record]:
         """A round's KD steps (Algorithm 1, lines 17 to 20)."""
-        config = self.config.distillation
-        total = self._total_steps
         if self.clock.distillation_started is None:
             self.clock.distillation_started = self.clock.elapsed
         began, steps_then, spent = time.perf_counter(), self.steps_taken, self.costs.distillation
         for _ in range(self.clock.kd_steps_per_round):
             if self.clock.out_of_time and self.steps_taken:
                 break
-            lr = self.student.set_learning_rate(self.clock.distilled(self.steps_taken, total))
-            images, _ = self.pool.sample(config.batch_size, self.rng)
-            images = to_float(augment(images, self.rng, config.augmentation))
-            loss, agreement = self.student.learn(self.teacher, images, self.steps_taken)
-            self.steps_taken += 1
-            self._step_figures = {"loss": loss, "agreement": agreement, "lr": lr}
+            self.kd_step()
             if self._record_is_due():
                 seconds = time.perf_counter() - began
                 self.costs.distillation = spent + seconds  # a round can take minutes, and progress is weighed by cost
                 yield self._distillation_record(rate=(self.steps_taken - steps_then) / seconds)
         synchronize(self.device)
         self.costs.distillation = spent + time.perf_counter() - began
+
+    def kd_step(self) -> None:
+        """Take one KD step on a batch drawn from the pool (lines 18 and 19); the device may still be at work on it."""
+        config = self.config.distillation
+        lr = self.student.set_learning_rate(self.clock.distilled(self.steps_taken, self._total_steps))
+        images, _ = self.pool.sample(config.batch_size, self.rng)
+        images = to_float(augment(images, self.rng, config.augmentation))
+        loss, agreement = self.student.learn(self.teacher, images, self.steps_taken)
+        self.steps_taken += 1
+        self._step_figures = {"loss": loss, "agreement": agreement, "lr": lr}
 
     @property
     def _total_steps(self) -> int:
