@@ -156,6 +156,7 @@ OUT_OF_RANGE = {
     "distillation.momentum": [-0.1, 1],
     "distillation.weight_decay": [-1],
     "distillation.average_decay": [1],
+    "distillation.label_views": [-1],
     "schedule.rounds": [0, 20],
     "schedule.warmup_rounds": [-1, 220],
     "schedule.batches_per_round": [0],
@@ -180,6 +181,10 @@ def test_values_out_of_range(key: str, value: float) -> None:
         ({"synthesis.feature_weight": 0, "synthesis.class_weight": 0, "synthesis.adversarial_weight": 0}, "all zero"),
         ({"distillation.nesterov": True, "distillation.momentum": 0}, "off without momentum"),
         ({"distillation.lr": 0.01, "distillation.lr_min": 0.02}, "at most distillation.lr"),
+        (
+            {"distillation.label_views": 2, "distillation.augmentation": "none"},
+            "distillation.label_views must be at most 1 with distillation.augmentation=none",
+        ),
         ({"deterministic": True, "schedule.time_budget": 60}, "not repeatable"),
         ({"schedule.rounds": 10, "schedule.warmup_rounds": 6, "schedule.final_rounds": 4}, "less than schedule.rounds"),
         ({"pool_size": 100, "synthesis.batch_size": 101}, "at least synthesis.batch_size"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdfkd_cli import distillation
 from fastdfkd_cli.config import DistillationConfig, RunConfig
@@ -57,6 +58,9 @@ class Noise:
         self.batch_size, self.loss, self.seconds, self.clock = batch_size, loss, seconds, clock
         self.rng = torch.Generator().manual_seed(0)
         self.calls: list[str] = []
+
+    def prepare(self, student: nn.Module | None = None) -> None:
+        self.calls.append("prepare")
 
     def synthesize(self, student: nn.Module | None = None) -> SyntheticBatch:
         self.calls.append("warm-up" if student is None else "student")
@@ -359,10 +363,209 @@ def test_what_the_student_sees_is_augmented(monkeypatch: pytest.MonkeyPatch) -> 
     list(run)
     assert model is run.teacher
     pool = run.pool.images.float() / 255
-    images = torch.cat(seen)
-    assert images.dtype == torch.float32
+    images = torch.cat(seen) / 255
     untouched = (images[:, None] == pool[None]).flatten(2).all(2).any(1)
     assert not untouched.all()
+
+
+def test_a_layer_that_takes_part_now_and_then_learns_too() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.extra, self.skip = net(1), nn.Linear(CLASSES, CLASSES), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.inner(x)
+            return logits if self.skip else logits + self.extra(logits)
+
+    learner = Skips()
+    before = learner.extra.weight.detach().clone()
+    student = Student(learner, DistillationConfig(weight_decay=0), CPU, False)
+    images = torch.rand(4, *SIZE)
+    student.learn(teacher(), images, 0)
+    assert torch.equal(learner.extra.weight, before)
+    learner.skip = False
+    student.learn(teacher(), images, 1)
+    assert not torch.equal(learner.extra.weight, before)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_kd_step_asks_the_device_for_nothing(labelled: bool) -> None:
+    class Ops(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: set[str] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    model = teacher()
+    student = Student(net(1).train(), DistillationConfig(), CPU, False)
+    images = torch.randint(0, 256, (4, *SIZE), dtype=torch.uint8)
+    with Ops() as ops:
+        student.descend(distillation.soft_labels(model, images / 255, False) if labelled else model, images)
+    assert "_fused_sgd_" in ops.seen
+    # Reading a number, and counting what a mask selects.
+    assert not ops.seen & {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
+
+
+# Soft labels that are used again
+
+
+class Counting(nn.Module):
+    """A teacher that notes how many images it is shown, and takes its time."""
+
+    def __init__(self, clock: FakeTime | None = None, seconds: float = 0.0) -> None:
+        super().__init__()
+        self.net, self.clock, self.seconds, self.batches = teacher(), clock, seconds, list[int]()
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        self.batches.append(len(images))
+        if self.clock is not None:
+            self.clock.now += self.seconds
+        return self.net(images)
+
+
+def counting(settings: RunConfig, *, model: Counting | None = None, **keywords: Any) -> tuple[Distillation, Counting]:
+    model = model or Counting()
+    keywords = {"synthesizer": Noise(settings.synthesis.batch_size), "amp": False, **keywords}
+    return Distillation(settings, model, net(1), image_size=SIZE, device=CPU, **keywords), model
+
+
+def given(count: int) -> ImagePool:
+    images = torch.randint(0, 256, (count, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return ImagePool.holding(images, torch.zeros(count, dtype=torch.int64), CPU)
+
+
+@pytest.mark.parametrize("pool_size", [0, 6])
+@pytest.mark.parametrize("amp", [False, True])
+def test_without_augmentation_labels_are_used_again_and_nothing_changes(pool_size: int, amp: bool) -> None:
+    settings = config(distillation__augmentation="none", pool_size=pool_size)
+    once, model = counting(settings, amp=amp)
+    anew, other = counting(settings, amp=amp)
+    anew.label_views = 0
+    list(once)
+    list(anew)
+    assert other.batches == [4] * 9  # every step
+    # Every image once; in a pool of 6, two of the first batch had made room before there was a step.
+    assert sum(model.batches) <= 16
+    assert max(model.batches) <= 4
+    assert torch.equal(once.pool.images, anew.pool.images)
+    # Not bit for bit: an image's logits may be rounded otherwise beside other images.
+    tolerance = 1e-2 if amp else 1e-6
+    for (name, a), b in zip(once.student.net.state_dict().items(), anew.student.net.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance), name
+
+
+def test_images_that_made_room_before_the_first_step_are_never_labelled() -> None:
+    settings = config(
+        distillation__augmentation="none", pool_size=4, schedule__rounds=5, schedule__warmup_rounds=4,
+        schedule__kd_steps_per_round=50,
+    )  # fmt: skip
+    run, model = counting(settings)
+    list(run)
+    assert run.images_made == 20
+    assert model.batches == [4]
+
+
+@pytest.mark.parametrize("augmentation", ["crop-flip", "resized-crop-flip", "crop"])
+def test_the_student_gets_the_logits_of_the_variation_it_sees(augmentation: str) -> None:
+    settings = config(
+        distillation__augmentation=augmentation, distillation__label_views=2, pool_size=10,
+        schedule__kd_steps_per_round=6,
+    )  # fmt: skip
+    run, model = counting(settings)
+    learn, compared = run.student.learn, []
+
+    def checked(logits: nn.Module | Tensor, images: Tensor, step: int) -> Any:
+        assert isinstance(logits, Tensor)
+        with torch.no_grad():
+            expected = model.net(images / 255)
+        compared.append(torch.allclose(logits, expected, atol=1e-5))
+        return learn(logits, images, step)
+
+    run.student.learn = checked  # type: ignore[method-assign]
+    list(run)
+    assert compared == [True] * 18
+    assert sum(model.batches) == 2 * 16
+    assert len(torch.cat(model_inputs(run)).flatten(1).unique(dim=0)) <= 2 * 10
+
+
+def model_inputs(run: Distillation) -> list[Tensor]:
+    """What many more steps would show to the student."""
+    return [run.pool.sample(4, run.rng, run.config.distillation.augmentation)[0] for _ in range(100)]
+
+
+def test_runs_with_kept_labels_are_repeatable() -> None:
+    ends = []
+    for seed in (0, 0, 1):
+        run, _ = counting(config(distillation__label_views=2, seed=seed))
+        list(run)
+        ends.append(run.student.net.state_dict()["conv1.weight"].clone())
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+@pytest.mark.parametrize(
+    ("views", "images", "kd_steps", "augmentation", "kept"),
+    [
+        (0, 10, 1000, "crop", 0),  # nobody asked
+        (4, 10, 11, "crop", 4),  # 44 draws of 40 variations
+        (4, 10, 10, "crop", 0),
+        (0, 10, 3, "none", 1),
+        (1, 10, 3, "none", 1),
+        (0, 10, 2, "none", 0),
+    ],
+)
+def test_labels_are_kept_where_that_saves_labelling(
+    views: int, images: int, kd_steps: int, augmentation: Any, kept: int
+) -> None:
+    settings = DistillationConfig(batch_size=4, label_views=views, augmentation=augmentation)
+    assert distillation.label_views(settings, images=images, kd_steps=kd_steps) == kept
+
+
+@pytest.mark.parametrize(("images", "shown"), [(6, 6), (47, 47), (60, 12 * 4)])
+def test_given_images_are_labelled_at_the_start_if_that_pays(images: int, shown: int) -> None:
+    settings = config(distillation__augmentation="none", schedule__kd_steps_per_round=3)
+    run, model = counting(settings, synthesizer=None, pool=given(images))
+    list(run)
+    assert run.steps_taken == 12
+    assert sum(model.batches) == shown
+
+
+def test_a_time_budget_is_not_spent_on_labels_that_nobody_draws(clock: FakeTime) -> None:
+    # The schedule's rounds would draw each image often; the clock leaves time for about 8 steps of 4.
+    settings = config(
+        distillation__augmentation="none", schedule__time_budget=0.5, schedule__kd_steps_per_round=1000
+    )  # fmt: skip
+    model = Counting(clock, seconds=0.05)
+    run, _ = counting(settings, model=model, synthesizer=None, pool=given(200))
+    list(run)
+    assert run.clock.elapsed < 0.5 + 0.06
+    assert 3 <= run.steps_taken <= 8
+    few, _ = counting(settings, model=Counting(clock, seconds=0.05), synthesizer=None, pool=given(8))
+    list(few)
+    assert few.label_views == 1
+    assert few.steps_taken > 20
+
+
+def test_labelling_counts_as_distillation_and_in_a_time_budget(clock: FakeTime) -> None:
+    settings = config(
+        distillation__label_views=2, schedule__time_budget=4.0, schedule__rounds=20, schedule__warmup_rounds=0,
+        schedule__kd_steps_per_round=5,
+    )  # fmt: skip
+    model = Counting(clock, seconds=0.05)
+    run, _ = counting(settings, model=model, synthesizer=Noise(seconds=0.02, clock=clock))
+    list(run)
+    rounds = run.images_made // 4
+    assert len(model.batches) == 2 * rounds
+    assert run.costs.synthesis == pytest.approx(0.02 * rounds)
+    assert run.costs.distillation == pytest.approx(0.01 * run.steps_taken + 0.05 * 2 * rounds)
+    # 0.17 seconds a round: what was estimated is what came.
+    assert rounds == pytest.approx(4.0 / 0.17, abs=1)
+    assert run.clock.rounds == pytest.approx(rounds, abs=1)
 
 
 # What goes wrong

@@ -165,6 +165,9 @@ class DistillationConfig:
     weight_decay: float = 1e-4
     #: How a pool image is varied before teacher and student see it.
     augmentation: Augmentation = "crop-flip"
+    #: Fixed variations of each pool image that the teacher labels once, for all KD steps (0: a fresh one each time,
+    #: labelled anew; Shen & Xing, ECCV 2022).
+    label_views: int = 0
     #: Export the last student, or an exponential moving average of its weights.
     average: Average = "none"
     #: Decay of that average, per KD step.
@@ -172,12 +175,18 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "distillation", "batch_size", "temperature", "lr")
-        _non_negative(self, "distillation", "lr_min", "weight_decay")
+        _non_negative(self, "distillation", "lr_min", "weight_decay", "label_views")
         _require(self.batch_size >= 2, "distillation.batch_size", self.batch_size, "2 or more (batch statistics)")
         _require(self.lr_min <= self.lr, "distillation.lr_min", self.lr_min, f"at most distillation.lr ({self.lr})")
         for name in ("momentum", "lr_warmup", "average_decay"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"distillation.{name}", value, "in [0, 1)")
+        _require(
+            self.augmentation != "none" or self.label_views <= 1,
+            "distillation.label_views",
+            self.label_views,
+            "at most 1 with distillation.augmentation=none (every variation would be the same)",
+        )
         _require(not self.nesterov or self.momentum > 0, "distillation.nesterov", self.nesterov, "off without momentum")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,6 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from fastdfkd_cli import losses
-from fastdfkd_cli.augment import augment
 from fastdfkd_cli.config import DistillationConfig, RunConfig
 from fastdfkd_cli.errors import FastDFKDError
 from fastdfkd_cli.methods import Synthesizer
@@ -35,7 +34,7 @@ RECORD_EVERY = 1.0
 
 @dataclass
 class Costs:
-    """Seconds by what they were spent on; distillation includes augmentation and the teacher's pass."""
+    """Seconds by what they were spent on; distillation includes augmentation and the teacher's passes."""
 
     synthesis: float = 0.0
     distillation: float = 0.0
@@ -83,6 +82,41 @@ class Clock:
         return min((self.elapsed - begin) / max(self.budget - begin, 1e-9), 1.0)
 
 
+def soft_labels(teacher: nn.Module, images: Tensor, amp: bool) -> Tensor:
+    """The teacher's logits for images in [0, 1], without gradient and as it gives them (bf16 with ``amp``)."""
+    with torch.no_grad(), torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
+        return teacher(images)
+
+
+def label_views(config: DistillationConfig, *, images: int, kd_steps: int) -> int:
+    """How many variations of each pool image the teacher labels once, for all KD steps; 0: it labels what is drawn.
+
+    Without augmentation an image always looks the same: its one label is exact, and costs nothing but memory. In
+    either case it has to pay: where there are fewer draws than variations to label, labelling draws is cheaper.
+    """
+    views = 1 if config.augmentation == "none" else config.label_views
+    return views if kd_steps * config.batch_size > views * images else 0
+
+
+def _sgd(parameters: Iterable[nn.Parameter], config: DistillationConfig, device: torch.device) -> torch.optim.SGD:
+    """SGD whose steps are all alike, the first too, and are one kernel where torch has one."""
+    parameters = list(parameters)
+    optimizer = torch.optim.SGD(
+        parameters,
+        # A captured step reads the rate from the device.
+        lr=torch.tensor(config.lr, device=device) if device.type == "cuda" else config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=device.type in ("cpu", "cuda") and not any(parameter.is_complex() for parameter in parameters),
+    )
+    if config.momentum:
+        # From 0, as from nothing: and a layer that takes part only later (or now and then) has one as well.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
 class Student:
     """A student in training: its optimiser, its learning-rate schedule, its average.
 
@@ -97,13 +131,7 @@ class Student:
         self.config = config
         self.device = device
         self.amp = amp
-        self.optimizer = torch.optim.SGD(
-            net.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        )
+        self.optimizer = _sgd(net.parameters(), config, device)
         self.average = None
         if config.average == "ema":
             self.average = ModelEmaV3(net, decay=config.average_decay, use_warmup=True)
@@ -117,22 +145,37 @@ class Student:
             position = (done - config.lr_warmup) / (1 - config.lr_warmup)
             rate = config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * min(position, 1.0))) / 2
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         return rate
 
-    def learn(self, teacher: nn.Module, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """One KD step (Eq. 12) on images in [0, 1]: the loss and the share of equal predictions, on the device."""
+    def learn(self, teacher: nn.Module | Tensor, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """One KD step: the loss and the share of equal predictions, on the device.
+
+        Args:
+            teacher: the teacher, or its logits for exactly these images.
+            images: float in [0, 1], or uint8.
+            step: steps taken before this one.
+        """
         self.net.train()
+        loss, agreement = self.descend(teacher, images)
+        if self.average is not None:
+            self.average.update(self.net, step=step)
+        return loss, agreement
+
+    def descend(self, teacher: nn.Module | Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`learn` computes of Eq. 12: a function of tensors, which never asks the device for a number."""
+        if images.dtype == torch.uint8:
+            images = to_float(images)
+        teacher_logits = teacher if isinstance(teacher, Tensor) else soft_labels(teacher, images, self.amp)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            with torch.no_grad():
-                teacher_logits = teacher(images)
             student_logits = self.net(images)
         loss = losses.distillation(teacher_logits, student_logits, self.config.temperature)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.net, step=step)
         agreement = (teacher_logits.argmax(1) == student_logits.argmax(1)).float().mean()
         return loss.detach(), agreement
 
@@ -203,6 +246,9 @@ class Distillation:
             schedule.kd_steps_per_round,
             config.synthesis.generator_reset_after,
         )
+        made = config.synthetic_images if synthesizer is not None else len(self.pool)
+        #: Variations of each pool image that are labelled once; 0: what is drawn is labelled.
+        self.label_views = label_views(config.distillation, images=made, kd_steps=self._total_steps)
         self._last_record = 0.0
         self._batch_losses: dict[str, Tensor] = {}
         self._step_figures: dict[str, Tensor | float] = {}
@@ -218,6 +264,10 @@ class Distillation:
 
     def __iter__(self) -> Iterator[Record]:
         self.clock.started = time.perf_counter()
+        if self.synthesizer is None and self.clock.budget is not None and self.label_views:
+            # Rounds have no end under a time budget: here it decides how often an image is drawn.
+            steps = int(self.clock.budget / self.time_kd_step())
+            self.label_views = label_views(self.config.distillation, images=len(self.pool), kd_steps=steps)
         round_index = 0
         while not self._finished(round_index):
             distils = self.synthesizer is None or round_index >= self.clock.warmup_rounds or self.clock.out_of_time
@@ -299,12 +349,25 @@ class Distillation:
     def kd_step(self) -> None:
         """Take one KD step on a batch drawn from the pool (lines 18 and 19); the device may still be at work on it."""
         config = self.config.distillation
+        self._label_new_images()
         lr = self.student.set_learning_rate(self.clock.distilled(self.steps_taken, self._total_steps))
-        images, _ = self.pool.sample(config.batch_size, self.rng)
-        images = to_float(augment(images, self.rng, config.augmentation))
-        loss, agreement = self.student.learn(self.teacher, images, self.steps_taken)
+        images, logits = self.pool.sample(config.batch_size, self.rng, config.augmentation)
+        teacher = self.teacher if logits is None else logits
+        loss, agreement = self.student.learn(teacher, images, self.steps_taken)
         self.steps_taken += 1
         self._step_figures = {"loss": loss, "agreement": agreement, "lr": lr}
+
+    def _label_new_images(self) -> None:
+        """Have the teacher label what came into the pool since the last time, where its labels are kept.
+
+        Before a KD step and not before: images that make room for others in a warm-up are never labelled.
+        """
+        if self.label_views:
+            config = self.config.distillation
+            self.pool.label(
+                lambda images: soft_labels(self.teacher, images, self.amp),
+                self.label_views, config.augmentation, self.rng, batch_size=config.batch_size,
+            )  # fmt: skip
 
     @property
     def _total_steps(self) -> int:
@@ -312,14 +375,19 @@ class Distillation:
         return rounds * self.clock.kd_steps_per_round
 
     def _fit_schedule(self) -> None:
-        """Under a time budget: how many rounds fit, from the first batch and a few KD steps on a copy.
+        """Under a time budget: how many rounds fit, from the first batch, its labels and a few KD steps on a copy.
 
         Where fewer than ``MIN_ROUNDS`` fit, rounds are made smaller, batches and KD steps alike: a student that is
         trained between few, long syntheses would hardly take part in them.
         """
         assert self.clock.budget is not None
         schedule, clock = self.config.schedule, self.clock
-        batch_seconds, step_seconds = self.costs.synthesis, self.time_kd_step()
+        began = time.perf_counter()
+        self._label_new_images()
+        synchronize(self.device)
+        label_seconds = time.perf_counter() - began
+        self.costs.distillation += label_seconds
+        batch_seconds, step_seconds = self.costs.synthesis + label_seconds, self.time_kd_step()
         warmup = schedule.warmup_rounds / schedule.rounds
         final = schedule.final_rounds / schedule.rounds
 
@@ -333,18 +401,21 @@ class Distillation:
         clock.rounds = max(int(rounds_that_fit()), 1)
         clock.warmup_rounds = round(warmup * clock.rounds)
         clock.renewal = round(clock.renewal / schedule.rounds * clock.rounds)
+        # About as many images as will come, so that the pool need not grow step by step, a copy each time.
+        batches = (clock.rounds - round(final * clock.rounds)) * clock.batches_per_round
+        self.pool.reserve(batches * self.config.synthesis.batch_size)
         clock.final_seconds = final * clock.rounds * clock.kd_steps_per_round * step_seconds
 
     def time_kd_step(self) -> float:
         """Seconds of one KD step, measured on a copy of the student that is thrown away."""
-        copied = Student(copy.deepcopy(self.student.net), self.config.distillation, self.device, self.amp)
-        count = self.config.distillation.batch_size
+        config = self.config.distillation
+        copied = Student(copy.deepcopy(self.student.net), config, self.device, self.amp)
         rng = torch.Generator().manual_seed(0)
         seconds = math.inf
         for _ in range(3):
             began = time.perf_counter()
-            images, _ = self.pool.sample(count, rng)
-            copied.learn(self.teacher, to_float(augment(images, rng, self.config.distillation.augmentation)), 0)
+            images, logits = self.pool.sample(config.batch_size, rng, config.augmentation)
+            copied.learn(self.teacher if logits is None else logits, images, 0)
             synchronize(self.device)
             seconds = min(seconds, time.perf_counter() - began)
         return seconds
@@ -419,4 +490,4 @@ class Distillation:
         return values
 
 
-__all__ = ["DEFAULT_POOL_IMAGES", "Clock", "Costs", "Distillation", "Student"]
+__all__ = ["DEFAULT_POOL_IMAGES", "Clock", "Costs", "Distillation", "Student", "label_views", "soft_labels"]

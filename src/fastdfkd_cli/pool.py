@@ -1,12 +1,23 @@
 """The synthetic images a student learns from, in one uint8 ring on the device.
 
 There are no files and no worker processes between synthesis and distillation: a training batch is one gather.
+
+Beside each image the ring can keep the teacher's soft labels of a few fixed variations of it, so that the teacher,
+which is frozen, sees each of them once and not again in every KD step (the idea of Shen and Xing, "A Fast Knowledge
+Distillation Framework for Visual Recognition", ECCV 2022).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from fastdfkd_cli.acceleration import to_device
+from fastdfkd_cli.augment import apply_augmentation, draw_augmentation
+from fastdfkd_cli.config import Augmentation
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -17,6 +28,41 @@ def to_uint8(images: Tensor) -> Tensor:
 def to_float(images: Tensor) -> Tensor:
     """uint8 to float32 in [0, 1]."""
     return images.float().div_(255)
+
+
+def pool_bytes_per_image(
+    image_size: tuple[int, int, int],
+    *,
+    views: int = 0,
+    num_classes: int = 0,
+    augmentation: Augmentation = "none",
+    amp: bool = False,
+) -> int:
+    """Bytes that a pool holds for an image.
+
+    Args:
+        image_size: C, H, W.
+        views: variations whose soft labels are kept.
+        num_classes: logits of each.
+        augmentation: how the variations are drawn.
+        amp: whether the teacher's logits are bf16.
+    """
+    channels, height, width = image_size
+    numbers = len(draw_augmentation(augmentation, 1, image_size, torch.Generator()))
+    return channels * height * width + 8 + views * (4 * numbers + num_classes * (2 if amp else 4))
+
+
+@dataclass
+class _SoftLabels:
+    """What the teacher says to V fixed variations of each image of a ring."""
+
+    augmentation: Augmentation
+    draws: Tensor  # [N, V, D], for apply_augmentation
+    logits: Tensor  # [N, V, C, ...], as the teacher gave them
+
+    @property
+    def views(self) -> int:
+        return self.logits.shape[1]
 
 
 class ImagePool:
@@ -37,15 +83,18 @@ class ImagePool:
         self.device = device
         self._images = torch.empty(0, *image_size, dtype=torch.uint8, device=device)
         self._labels = torch.empty(0, dtype=torch.int64, device=device)
+        self._soft: _SoftLabels | None = None
         self._filled = 0
         self._next = 0
+        self._unlabelled = 0  # of the newest images: those without soft labels
 
     @classmethod
     def holding(cls, images: Tensor, labels: Tensor, device: torch.device) -> ImagePool:
         """A full pool of given images (uint8 ``[N, C, H, W]``, int64 ``[N]``); on their own device it shares them."""
         channels, height, width = images.shape[1:]
         pool = cls((channels, height, width), len(images), device)
-        pool._images, pool._labels, pool._filled = images.to(device), labels.to(device), len(images)
+        pool._images, pool._labels = images.to(device), labels.to(device)
+        pool._filled = pool._unlabelled = len(images)
         return pool
 
     def __len__(self) -> int:
@@ -66,15 +115,30 @@ class ImagePool:
         """The classes that were asked for, int64 ``[N]``: a view beside :attr:`images`."""
         return self._labels[: self._filled]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes taken, also for images still to come."""
+        held = [self._images, self._labels]
+        if self._soft is not None:
+            held += [self._soft.draws, self._soft.logits]
+        return sum(tensor.nbytes for tensor in held)
+
     def reserve(self, count: int) -> None:
         """Take the memory for ``count`` images (at most the capacity) at once."""
         count = min(count, self.capacity)
         if count <= len(self._images):
             return
-        images = torch.empty(count, *self.image_size, dtype=torch.uint8, device=self.device)
-        labels = torch.empty(count, dtype=torch.int64, device=self.device)
-        images[: self._filled], labels[: self._filled] = self.images, self.labels
-        self._images, self._labels = images, labels
+        # One after the other: at most one of them is there twice at a time.
+        self._images = self._grown(self._images, count)
+        self._labels = self._grown(self._labels, count)
+        if self._soft is not None:
+            self._soft.draws = self._grown(self._soft.draws, count)
+            self._soft.logits = self._grown(self._soft.logits, count)
+
+    def _grown(self, rows: Tensor, count: int) -> Tensor:
+        grown = rows.new_empty(count, *rows.shape[1:])
+        grown[: self._filled] = rows[: self._filled]
+        return grown
 
     def add(self, images: Tensor, labels: Tensor) -> None:
         """Put a batch in: uint8 ``[B, C, H, W]`` and int64 ``[B]``, B at most the capacity."""
@@ -86,20 +150,85 @@ class ImagePool:
         needed = min(self._filled + count, self.capacity)
         if needed > len(self._images):
             self.reserve(max(needed, 2 * len(self._images)))
-        where = (self._next + torch.arange(count, device=self.device)) % self.capacity
-        self._images[where] = images.to(self.device)
-        self._labels[where] = labels.to(self.device)
+        behind = min(count, self.capacity - self._next)  # so many fit before the ring begins anew
+        for rows, values in ((self._images, images), (self._labels, labels)):
+            rows[self._next : self._next + behind] = values[:behind]
+            rows[: count - behind] = values[behind:]
         self._next = (self._next + count) % self.capacity
         self._filled = needed
+        self._unlabelled = min(self._unlabelled + count, needed)
 
-    def sample(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw ``count`` uniformly, with replacement: uint8 ``[count, C, H, W]`` and int64 ``[count]``."""
+    @property
+    def unlabelled(self) -> int:
+        """How many images have no soft labels (all of them, until :meth:`label` is called)."""
+        return self._unlabelled
+
+    def label(
+        self,
+        teacher: Callable[[Tensor], Tensor],
+        views: int,
+        augmentation: Augmentation,
+        rng: torch.Generator,
+        *,
+        batch_size: int,
+    ) -> None:
+        """Draw ``views`` variations of each image that has none yet, and keep what the teacher says to them.
+
+        Args:
+            teacher: float images in [0, 1] ``[B, C, H, W]`` -> logits ``[B, classes, ...]``, without gradient.
+            views: V, 1 or more; the same in every call.
+            augmentation: how images are varied; the same in every call. With ``none``, one variation is all there is.
+            rng: source of the draws.
+            batch_size: most images that the teacher is shown at a time.
+        """
+        while self._unlabelled:
+            start = (self._next - self._unlabelled) % self.capacity
+            count = min(batch_size, self._unlabelled, self.capacity - start)
+            images = self._images[start : start + count]
+            draws = to_device(draw_augmentation(augmentation, views * count, self.image_size, rng), self.device)
+            draws = draws.unflatten(1, (views, count))
+            seen = (to_float(apply_augmentation(images, augmentation, draws[:, view])) for view in range(views))
+            logits = torch.stack([teacher(each) for each in seen], dim=1)
+            if self._soft is None:
+                rows = len(self._images)
+                self._soft = _SoftLabels(
+                    augmentation, draws.new_empty(rows, views, len(draws)), logits.new_empty(rows, *logits.shape[1:])
+                )
+            self._soft.draws[start : start + count] = draws.permute(2, 1, 0)
+            self._soft.logits[start : start + count] = logits
+            self._unlabelled -= count
+
+    def sample(
+        self, count: int, rng: torch.Generator, augmentation: Augmentation = "none"
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw ``count`` images uniformly, with replacement, and vary each.
+
+        Where soft labels are kept, one of an image's variations is drawn with it.
+
+        Args:
+            rng: source of the draws. On the CPU, all of them reach the device in one copy that nobody waits for.
+            augmentation: how images are varied; where soft labels are kept, as they were for :meth:`label`.
+
+        Returns:
+            uint8 ``[count, C, H, W]``, and the teacher's logits of exactly these, ``[count, classes, ...]``, or None.
+        """
         if not self._filled:
             raise ValueError("the pool is empty")
-        index = torch.randint(self._filled, (count,), generator=rng, device=rng.device).to(
-            self.device, non_blocking=True
-        )
-        return self._images[index], self._labels[index]
+        if self._soft is None:
+            index = torch.randint(self._filled, (count,), generator=rng, device=rng.device)
+            draws = draw_augmentation(augmentation, count, self.image_size, rng)
+            # Whole numbers and floats in one tensor: bits are only passed on.
+            sent = to_device(torch.cat([index.int().unsqueeze(0), draws.view(torch.int32)]), self.device)
+            return apply_augmentation(self._images[sent[0]], augmentation, sent[1:].view(torch.float32)), None
+        if self._unlabelled:
+            raise ValueError(f"{self._unlabelled} images of the pool have no soft labels yet")
+        if augmentation != self._soft.augmentation:
+            raise ValueError(f"the pool's soft labels are those of {self._soft.augmentation}, not of {augmentation}")
+        views = self._soft.views
+        index = torch.randint(self._filled * views, (count,), generator=rng, device=rng.device)
+        index = to_device(index, self.device)
+        images, draws = self._images[index // views], self._soft.draws.flatten(0, 1)[index].T
+        return apply_augmentation(images, augmentation, draws), self._soft.logits.flatten(0, 1)[index]
 
 
-__all__ = ["ImagePool", "to_float", "to_uint8"]
+__all__ = ["ImagePool", "pool_bytes_per_image", "to_float", "to_uint8"]
