@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdfkd_cli import acceleration
+from fastdfkd_cli import acceleration, api, job
 from fastdfkd_cli.acceleration import EAGER, WARM_UP, Acceleration, Captured, require_compiler, to_device
 from fastdfkd_cli.config import RunConfig
+from fastdfkd_cli.errors import UsageError
+from fastdfkd_cli.job import micro_batch_for
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.methods.base import SyntheticBatch
 from fastdfkd_cli.methods.fast_meta import FastMeta
+from fastdfkd_cli.models import ModelOptions
 from recording import TapedRecording
 from tiny import CLASSES, SIZE, config, net, teacher
 
@@ -203,6 +206,32 @@ def test_teacher_and_student_see_a_micro_batch_at_a_time() -> None:
     found.synthesize(student)
     # The teacher twice: for the statistics of the whole batch, and for their gradient.
     assert seen == {"teacher": [4, 4, 2] * 4, "student": [4, 4, 2] * 2}
+
+
+@pytest.mark.parametrize(
+    ("needed", "available", "expected"), [(70, 100, 0), (100, 100, 8), (1000, 100, 1), (81, 100, 9)]
+)
+def test_micro_batches_are_as_large_as_memory_allows(needed: float, available: float, expected: int) -> None:
+    assert micro_batch_for(needed, available, 10) == expected
+
+
+def test_a_run_in_too_little_memory_is_split_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "micro_batch_for", lambda *_: 2)
+    options = ModelOptions(input_size=SIZE, num_classes=CLASSES)
+    said: list[str] = []
+    keywords: dict[str, Any] = {"teacher_options": options, "device": "cpu", "amp": False}
+    whole = api.distill(teacher(), net(1), config=config(), **keywords)
+    parts = api.distill(teacher(), net(1), config=config(), on_message=said.append, **keywords)
+    assert any("teacher and student see 2 images at a time in synthesis" in line for line in said)
+    assert parts.report["images"] == whole.report["images"]
+
+
+def test_graphs_want_a_cuda_device() -> None:
+    with pytest.raises(UsageError, match="--graphs needs a CUDA device"):
+        api.distill(
+            teacher(), net(1), teacher_options=ModelOptions(input_size=SIZE, num_classes=CLASSES), config=config(),
+            device="cpu", graphs=True,
+        )  # fmt: skip
 
 
 # Compilation

@@ -18,7 +18,7 @@ PACKAGE = Path(fastdfkd_cli.__file__).parent
 HEAVY = {"huggingface_hub", "safetensors", "timm", "torch", "torchvision"}
 #: From the ground up. A module imports from its own row (without cycles) and from those before it.
 LAYERS = (
-    {"errors"},
+    {"errors", "host"},
     {"config", "records", "recipes", "settings"},
     {
         "acceleration",

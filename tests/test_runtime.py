@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from fastdfkd_cli import host
 from fastdfkd_cli.errors import UsageError
 from fastdfkd_cli.runtime import (
     available_memory,
@@ -17,6 +21,7 @@ from fastdfkd_cli.runtime import (
     peak_memory,
     resolve_device,
     synchronize,
+    tune_process,
     versions,
 )
 
@@ -62,12 +67,104 @@ def test_a_device_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("cuda").type == "cuda"
 
 
-@pytest.mark.parametrize("bf16", [True, False])
-def test_bf16_where_the_machine_is_made_for_it(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
-    assert default_amp(CPU) is bf16
+AMX, AVX512, NEITHER = (True, True), (False, True), (False, False)
+
+
+def cpu_with(monkeypatch: pytest.MonkeyPatch, has: tuple[bool, bool], **environment: str) -> None:
+    """A CPU with or without AMX and AVX-512's bf16, and oneDNN with no cap but those of ``environment``."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has[0], raising=False)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: has[0], raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has[1], raising=False)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+@pytest.mark.parametrize(
+    ("has", "environment", "amp", "words"),
+    [
+        (AMX, {}, True, "cpu (2 threads, AMX bf16)"),
+        (AVX512, {}, False, "cpu (2 threads, AVX-512 bf16)"),
+        (NEITHER, {}, False, "cpu (2 threads)"),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, True, "cpu (2 threads, AMX bf16)"),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "ALL"}, True, "cpu (2 threads, AMX bf16)"),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "", "DNNL_MAX_CPU_ISA": "DEFAULT"}, True, "cpu (2 threads, AMX bf16)"),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "avx512_core_bf16"}, False, "cpu (2 threads, AVX-512 bf16)"),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "AVX10_1_512"}, False, "cpu (2 threads, AVX-512 bf16)"),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, False, "cpu (2 threads)"),
+        (AMX, {"DNNL_MAX_CPU_ISA": "AVX2"}, False, "cpu (2 threads)"),
+        (NEITHER, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, False, "cpu (2 threads)"),
+    ],
+)
+def test_bf16_where_the_processor_gains_by_it(
+    has: tuple[bool, bool], environment: dict[str, str], amp: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu_with(monkeypatch, has, **environment)
+    assert default_amp(CPU) is amp
+    assert describe_device(CPU) == words
+
+
+def test_bf16_needs_more_than_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_with(monkeypatch, AMX)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)  # the kernel refuses the registers
+    assert default_amp(CPU) is False
+    cpu_with(monkeypatch, AMX)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert default_amp(CPU) is False
+    assert describe_device(CPU) == "cpu (2 threads)"
     assert default_amp(torch.device("mps")) is False
+
+
+@pytest.mark.parametrize(
+    ("environment", "usable", "threads"),
+    [
+        ({}, 3, 3),
+        ({}, 64, 8),  # torch leaves out what hyper-threading adds: no more than it would take
+        ({"OMP_NUM_THREADS": "8"}, 3, 8),
+        ({"MKL_NUM_THREADS": "8"}, 3, 8),
+        ({"OMP_NUM_THREADS": ""}, 3, 3),
+    ],
+)
+def test_threads_within_the_quota(
+    environment: dict[str, str], usable: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [8]
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(host, "keep_freed_memory", lambda: True)  # the tests' own process stays as it is
+    monkeypatch.setattr(host, "usable_cpus", lambda: usable)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[-1])
+    monkeypatch.setattr(torch, "set_num_threads", now.append)
+    tune_process()
+    assert now[-1] == threads
+
+
+#: How often the process was tuned after a call from Python, and after the command that makes the same call.
+TUNED = """
+import fastdfkd_cli.runtime as runtime
+tuned = []
+runtime.tune_process = lambda: tuned.append(True)
+from fastdfkd_cli import evaluate
+from fastdfkd_cli.__main__ import main
+words = {"data_dir": "no-such-folder", "device": "cpu"}
+try:
+    evaluate("builtin/digits", **words)
+except Exception as error:
+    print(len(tuned))
+code = main(["evaluate", "builtin/digits", "--data-dir", "no-such-folder", "--device", "cpu"])
+print(code, len(tuned))
+"""
+
+
+def test_only_the_command_line_changes_its_process(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", TUNED], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    # From Python nothing was touched; the command touched it once, and then found no images.
+    assert done.stdout.split() == ["0", "3", "1"], done.stderr
 
 
 def test_determinism_ends_with_its_block() -> None:
@@ -99,7 +196,7 @@ def test_a_users_own_determinism_stays() -> None:
 def test_the_machine_in_figures() -> None:
     assert 2**20 < peak_memory(CPU) < 2**42
     assert 2**20 < available_memory(CPU) < 2**48
-    assert describe_device(CPU) == f"cpu ({torch.get_num_threads()} threads)"
+    assert describe_device(CPU).startswith(f"cpu ({torch.get_num_threads()} thread")
     synchronize(CPU)
 
 

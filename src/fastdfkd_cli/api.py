@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fastdfkd_cli import __version__, evaluation
+from fastdfkd_cli.acceleration import Acceleration
 from fastdfkd_cli.config import RunConfig, to_dict
 from fastdfkd_cli.data import EvaluationData, open_evaluation_data
 from fastdfkd_cli.dataset import DatasetWriter, SyntheticSet, read_dataset
@@ -28,6 +29,7 @@ from fastdfkd_cli.job import (
     Job,
     Model,
     OnMessage,
+    accelerated,
     bounded_pool,
     copied,
     cost_line,
@@ -92,6 +94,8 @@ def distill(
     overwrite: bool = False,
     device: str = "auto",
     amp: bool | None = None,
+    compile: bool = False,
+    graphs: bool = False,
     eval_data: str | None = None,
     eval_dataset: str | None = None,
     eval_split: str = "validation",
@@ -113,6 +117,8 @@ def distill(
         overwrite: replace a folder that an earlier run left there.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         amp: bf16 in the networks; None: where the device is made for it.
+        compile: compile the networks' passes in synthesis first (a minute or so); falls back, with a remark.
+        graphs: replay a synthesised batch as one CUDA graph; falls back, with a remark.
         eval_data, eval_dataset, eval_split: real images to judge the finished student on, once.
         on_record: called with every :class:`~fastdfkd_cli.records.Record`.
         on_message: called with one-line remarks.
@@ -145,15 +151,17 @@ def distill(
         judge = _open_judge(eval_data, eval_dataset, eval_split, job)
         given = _read_given(data_dir, job)
         stack.enter_context(deterministic_algorithms(job.config.deterministic))
-        if on_message is not None:
-            say(cost_line(plan_of(job, given), job.config))
+        plan = plan_of(job, given) if on_message is not None else None
+        if plan is not None:
+            say(cost_line(plan, job.config))
+        acceleration = accelerated(job, plan if given is None else None, compiles=compile, graphs=graphs, say=say)
         # Dropout and the like draw from the global state: it follows from the seed while the run lasts.
         cuda = [job.machine.device] if job.machine.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         torch.manual_seed(job.config.seed)
         folder = stack.enter_context(StagedDirectory(output, overwrite)) if output is not None else None
         log = stack.enter_context(_RecordLog(folder / "metrics.jsonl" if folder else None, on_record))
-        run, quality = _distil(job, given, say, log)
+        run, quality = _distil(job, given, acceleration, say, log)
         scores, failure = None, None
         try:
             scores = _judge(job, judge, say, log)
@@ -206,7 +214,7 @@ class _RecordLog:
 
 
 def _distil(
-    job: Job, given: SyntheticSet | None, say: OnMessage, log: _RecordLog
+    job: Job, given: SyntheticSet | None, acceleration: Acceleration, say: OnMessage, log: _RecordLog
 ) -> tuple[Distillation, Quality | None]:
     """Synthesis and distillation, then the quality signal."""
     assert job.student is not None
@@ -217,7 +225,8 @@ def _distil(
     synthesizer, pool = None, None
     if given is None:
         job.config = bounded_pool(job, say)
-        synthesizer = build_method(job.config, teacher, **job.keywords())
+        synthesizer = build_method(job.config, teacher, acceleration=acceleration, **job.keywords())
+        synthesizer.prepare(student)
     else:
         pool = ImagePool.holding(given.images, given.labels, device)
     run = Distillation(
@@ -352,6 +361,8 @@ def synthesize(
     shard_size: int = 1000,
     device: str = "auto",
     amp: bool | None = None,
+    compile: bool = False,
+    graphs: bool = False,
     on_record: OnRecord | None = None,
     on_message: OnMessage | None = None,
 ) -> SynthesizeResult:
@@ -389,7 +400,8 @@ def synthesize(
     )
     net = job.machine.place(job.teacher)
     opponent = job.machine.place(job.student) if job.student is not None else None
-    method = build_method(job.config, net, **job.keywords())
+    acceleration = accelerated(job, None, compiles=compile, graphs=graphs, say=say)
+    method = build_method(job.config, net, acceleration=acceleration, **job.keywords())
     settings: dict[str, Any] = {
         "class_names": job.teacher.class_names,
         "num_classes": job.teacher.num_classes,
@@ -411,6 +423,7 @@ def synthesize(
                 say(f"going on after {writer.num_images} images")
         else:
             writer = stack.enter_context(DatasetWriter(output, overwrite=overwrite, **settings))
+        method.prepare(opponent)
         run = Synthesis(
             job.config, method, net, opponent, writer=writer, num_images=num_images, device=job.machine.device
         )

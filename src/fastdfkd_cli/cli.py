@@ -161,6 +161,18 @@ Device = Annotated[
 Amp = Annotated[
     bool | None, _option("--amp/--no-amp", panel=_MACHINE, help="Mixed precision. Default: where the device gains.")
 ]
+Compile = Annotated[
+    bool,
+    _option(
+        "--compile",
+        panel=_MACHINE,
+        help="Compile the networks' passes in synthesis first: for runs of more than some minutes.",
+    ),
+]
+Graphs = Annotated[
+    bool,
+    _option("--graphs", panel=_MACHINE, help="Replay each synthesised batch as one CUDA graph. Experimental."),
+]
 Overwrite = Annotated[
     bool, _option("--overwrite", panel=_OUTPUT, help="Replace a folder that is not empty. Default: refuse it.")
 ]
@@ -269,6 +281,8 @@ def distill(
     ] = "validation",
     device: Device = "auto",
     amp: Amp = None,
+    compile_: Compile = False,
+    graphs: Graphs = False,
     teacher_arch: TeacherArch = None,
     teacher_weights: TeacherWeights = None,
     teacher_num_classes: TeacherClasses = None,
@@ -316,6 +330,9 @@ def distill(
     )
 
     from fastdfkd_cli import api
+    from fastdfkd_cli.runtime import tune_process
+
+    tune_process()
 
     with Progress() as progress:
         request: dict[str, Any] = {
@@ -337,7 +354,7 @@ def distill(
         if dry_run:
             plan = api.plan_distill(teacher, student, **request)
         else:
-            result = api.distill(teacher, student, **request)
+            result = api.distill(teacher, student, **request, compile=compile_, graphs=graphs)
     if dry_run:
         _print_plan(plan, json)
         return
@@ -390,6 +407,8 @@ def synthesize(
     deterministic: Deterministic = None,
     device: Device = "auto",
     amp: Amp = None,
+    compile_: Compile = False,
+    graphs: Graphs = False,
     teacher_arch: TeacherArch = None,
     teacher_weights: TeacherWeights = None,
     teacher_num_classes: TeacherClasses = None,
@@ -429,6 +448,9 @@ def synthesize(
         raise UsageError("The --student- options describe a student: name it with --student.")
 
     from fastdfkd_cli import api
+    from fastdfkd_cli.runtime import tune_process
+
+    tune_process()
 
     with Progress() as progress:
         request: dict[str, Any] = {
@@ -451,7 +473,7 @@ def synthesize(
             plan = api.plan_synthesize(teacher, **request)
         else:
             try:
-                result = api.synthesize(teacher, **request)
+                result = api.synthesize(teacher, **request, compile=compile_, graphs=graphs)
             except KeyboardInterrupt as stop:
                 stop.add_note("whole shards stay in the folder: the same command with --resume goes on")
                 raise
@@ -564,6 +586,9 @@ def evaluate(
         raise UsageError("The --teacher- options describe a teacher: name it with --teacher.")
 
     from fastdfkd_cli import api
+    from fastdfkd_cli.runtime import tune_process
+
+    tune_process()
 
     with Progress() as progress:
         row = api.evaluate(

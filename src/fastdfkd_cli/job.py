@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdfkd_cli.acceleration import Acceleration
 from fastdfkd_cli.bn_stats import batch_norm_layers
 from fastdfkd_cli.config import RunConfig, from_dict, to_dict
 from fastdfkd_cli.dataset import SyntheticSet
@@ -221,6 +222,42 @@ def plan_of(job: Job, given: SyntheticSet | None) -> dict[str, Any]:
     )
 
 
+def accelerated(
+    job: Job, plan: Mapping[str, Any] | None, *, compiles: bool, graphs: bool, say: OnMessage
+) -> Acceleration:
+    """What this run may use to go faster, and how many images at a time fit the memory.
+
+    Args:
+        plan: what the run needs, where it is known.
+
+    Raises:
+        UsageError: graphs without a CUDA device.
+    """
+    if graphs and job.machine.device.type != "cuda":
+        raise UsageError("--graphs needs a CUDA device: elsewhere there is nothing to record. Leave it out.")
+    micro_batch = 0
+    if plan is not None:
+        micro_batch = micro_batch_for(
+            plan["memory_bytes"], available_memory(job.machine.device), job.config.synthesis.batch_size
+        )
+        if micro_batch:
+            say(
+                f"a whole batch would need {plan['memory_bytes'] / 2**30:.1f} GiB: teacher and student see "
+                f"{micro_batch} images at a time in synthesis, for the same images in about 4/3 of the time"
+            )
+    return Acceleration(graphs=graphs, compile=compiles, micro_batch=micro_batch, say=say)
+
+
+def micro_batch_for(needed: float, available: float, batch_size: int) -> int:
+    """Images whose activations fit into four fifths of ``available`` bytes; 0 where the whole batch does.
+
+    Memory grows with the images at a time; that of the weights and the generator, which does not, is in the rest.
+    """
+    if needed <= 0.8 * available:
+        return 0
+    return min(max(int(batch_size * 0.8 * available / needed), 1), batch_size)
+
+
 def cost_line(plan: Mapping[str, Any], config: RunConfig) -> str:
     """What a run is about to cost, in one line."""
     seconds = plan["seconds"]["total"]
@@ -260,9 +297,11 @@ __all__ = [
     "Machine",
     "Model",
     "OnMessage",
+    "accelerated",
     "bounded_pool",
     "copied",
     "cost_line",
+    "micro_batch_for",
     "override",
     "plan_of",
     "prepare",

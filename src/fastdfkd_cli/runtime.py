@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import resource
@@ -10,10 +9,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
+from fastdfkd_cli import host
 from fastdfkd_cli.errors import UsageError
 
 
@@ -51,9 +50,41 @@ def default_amp(device: torch.device) -> bool:
         # Asked of the device itself: torch.cuda.is_bf16_supported() answers for the current one.
         return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
-        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+        # AVX-512's bf16 products alone do not make up for the conversions around them (docs/machine.md has figures).
+        return _cpu_bf16() == "AMX"
     return False
+
+
+def _cpu_bf16() -> str:
+    """The instructions that torch's products in bf16 use on this CPU: ``AMX``, ``AVX-512``, or none."""
+    if not torch.backends.mkldnn.is_available():
+        return ""
+    # oneDNN, which computes them, keeps to a cap in the environment, and ignores a name that it does not know.
+    cap = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
+    capped = cap.startswith(("SSE", "AVX"))
+    # The kernel, too, must let this process use AMX's registers: older ones, and some sandboxes, do not.
+    if ("AMX" in cap or not capped) and _cpu_has("_is_amx_tile_supported") and _cpu_has("_init_amx"):
+        return "AMX"
+    avx512 = not capped or cap.startswith(("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10"))
+    return "AVX-512" if avx512 and _cpu_has("_is_avx512_bf16_supported") else ""
+
+
+def _cpu_has(check: str) -> bool:
+    # Names that torch does not promise to keep: without them, float32.
+    return getattr(torch.cpu, check, lambda: False)()
+
+
+def tune_process() -> None:
+    """Fit torch's threads and the allocator to the machine, for the rest of the process.
+
+    For a program that owns its process; a library leaves both to its caller. What a user set in the environment stays.
+    """
+    host.keep_freed_memory()
+    if os.environ.get("OMP_NUM_THREADS") or os.environ.get("MKL_NUM_THREADS"):
+        return
+    # torch counts CPUs and looks at the affinity, but knows nothing of a container's quota.
+    if (usable := host.usable_cpus()) < torch.get_num_threads():
+        torch.set_num_threads(usable)
 
 
 @contextmanager
@@ -94,22 +125,18 @@ def available_memory(device: torch.device) -> int:
         # What torch keeps for reuse is free to us.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with contextlib.suppress(OSError):  # not Linux
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-        free.append(max(limit - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")), 0))
-    return min(free)
+    return host.available_memory()
 
 
 def describe_device(device: torch.device) -> str:
-    """A device in words: ``cpu (2 threads)``, ``cuda:0 (NVIDIA ...)``."""
+    """A device in words: ``cpu (2 threads, AMX bf16)``, ``cuda:0 (NVIDIA ...)``."""
     if device.type == "cuda":
         return f"cuda:{device.index or 0} ({torch.cuda.get_device_name(device)})"
-    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        bf16 = _cpu_bf16()
+        return f"cpu ({threads} {'thread' if threads == 1 else 'threads'}{f', {bf16} bf16' if bf16 else ''})"
+    return device.type
 
 
 def versions() -> dict[str, str]:
@@ -132,5 +159,6 @@ __all__ = [
     "peak_memory",
     "resolve_device",
     "synchronize",
+    "tune_process",
     "versions",
 ]
