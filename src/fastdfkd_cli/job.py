@@ -243,7 +243,7 @@ def accelerated(
         if micro_batch:
             say(
                 f"a whole batch would need {plan['memory_bytes'] / 2**30:.1f} GiB: teacher and student see "
-                f"{micro_batch} images at a time in synthesis, for the same images in about 4/3 of the time"
+                f"{micro_batch} images at a time in synthesis, at the cost of one more pass of the teacher"
             )
     return Acceleration(graphs=graphs, compile=compiles, micro_batch=micro_batch, say=say)
 
