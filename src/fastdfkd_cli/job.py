@@ -19,11 +19,12 @@ from fastdfkd_cli.acceleration import Acceleration
 from fastdfkd_cli.bn_stats import batch_norm_layers
 from fastdfkd_cli.config import RunConfig, from_dict, to_dict
 from fastdfkd_cli.dataset import SyntheticSet
-from fastdfkd_cli.distillation import DEFAULT_POOL_IMAGES
+from fastdfkd_cli.distillation import DEFAULT_POOL_IMAGES, label_views
 from fastdfkd_cli.errors import UsageError
 from fastdfkd_cli.models import LoadedModel, ModelOptions, check_forward, load_student, load_teacher
 from fastdfkd_cli.models.files import unwrapped
 from fastdfkd_cli.plan import distillation_plan
+from fastdfkd_cli.pool import pool_bytes_per_image
 from fastdfkd_cli.recipes import get_recipe
 from fastdfkd_cli.runtime import available_memory, default_amp, describe_device, resolve_device
 
@@ -202,8 +203,15 @@ def bounded_pool(job: Job, say: OnMessage) -> RunConfig:
     config = job.config
     timed = config.schedule.time_budget is not None
     wanted = config.pool_size or (DEFAULT_POOL_IMAGES if timed else config.synthetic_images)
-    channels, height, width = job.size
-    fits = available_memory(job.machine.device) // 2 // (channels * height * width)
+    distillation = config.distillation
+    each = pool_bytes_per_image(
+        job.size,
+        views=label_views(distillation, images=config.synthetic_images, kd_steps=config.kd_steps),
+        num_classes=job.teacher.num_classes,
+        augmentation=distillation.augmentation,
+        amp=job.machine.amp,
+    )
+    fits = available_memory(job.machine.device) // 2 // each
     fits = max(fits, config.synthesis.batch_size)
     if wanted <= fits:
         return config
