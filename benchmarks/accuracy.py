@@ -73,11 +73,12 @@ def main() -> None:
     done = [json.loads(line) for line in lines]
     for seed in args.seeds:
         for which in args.which:
-            if any((run["which"], run["seed"]) == (which, seed) for run in done):
-                continue
             teacher = load_teacher(args.teacher, ModelOptions())
             budget = {"rounds": args.rounds} if args.rounds else {}
             config = override(get_recipe(args.recipe).config(teacher.input.size), {**budget, "seed": seed})
+            wanted = {"which": which, "seed": seed, "recipe": args.recipe, "rounds": config.schedule.rounds}
+            if any(wanted.items() <= run.items() for run in done):
+                continue
             with torch.random.fork_rng():
                 torch.default_generator.manual_seed(seed)
                 student = load_student(args.student, ModelOptions(), like=teacher)

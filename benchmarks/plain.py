@@ -199,9 +199,16 @@ class FolderPool:
             self.count += 1
 
     def batches(self) -> Iterator[Tensor]:
-        """Batches ``[B, C, H, W]`` in [0, 1], without end: one opening of the loader."""
+        """Batches ``[B, C, H, W]`` in [0, 1], without end: one opening of the loader.
+
+        Raises:
+            ValueError: the folder holds less than a batch.
+        """
+        files = _Files(self.folder)
+        if len(files) < self.batch_size:
+            raise ValueError(f"{len(files)} images in {self.folder}, less than a batch of {self.batch_size}")
         loader: DataLoader[Any] = DataLoader(
-            _Files(self.folder), batch_size=self.batch_size, shuffle=True, num_workers=WORKERS, drop_last=True
+            files, batch_size=self.batch_size, shuffle=True, num_workers=WORKERS, drop_last=True
         )
         while True:
             yield from loader
@@ -225,7 +232,7 @@ class _Files(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         with Image.open(self.paths[index]) as picture:
-            return self.transform(picture.convert("RGB"))
+            return self.transform(picture)
 
 
 class PlainStudent:

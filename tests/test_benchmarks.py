@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+import contestants
+import measure
 import plain
+import speed
+from contestants import Setup, contestant
 from fastdfkd_cli.config import GeneratorConfig
 from fastdfkd_cli.distillation import Distillation
+from fastdfkd_cli.errors import UsageError
 from fastdfkd_cli.generators import Generator
 from fastdfkd_cli.methods import build_method
 from tiny import CLASSES, SIZE, config, net, teacher
@@ -89,3 +97,93 @@ def test_the_plain_student_wastes_what_the_published_one_wastes() -> None:
     synthesizer.synthesize()
     assert all(parameter.grad is not None for parameter in synthesizer.teacher.parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# How speed is measured
+
+
+@pytest.fixture
+def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
+    monkeypatch.setattr(plain, "WORKERS", 0)
+    monkeypatch.setattr(contestants, "tune_process", lambda: None)  # it would hold for all tests
+    overrides = {"synthesis.batch_size": 8, "synthesis.steps": 2, "distillation.batch_size": 8, "generator.width": 8}
+    return Setup(
+        teacher="builtin/digits", student="cifar/wrn10_1", recipe="digits", device="cpu", overrides=overrides,
+        pool_images=24, folder=tmp_path / "pool",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["plain", "float32"])
+def test_both_sides_make_batches_into_a_pool_that_keeps_its_size(name: str, setup: Setup) -> None:
+    side = contestant(name, setup)
+    side.fill()
+    before = next(side.student.parameters()).clone()
+    assert side.synthesize(batches=2) > 0
+    taken = side.distil(steps=4)  # more than the pool's 3 batches: the loader begins anew
+    assert taken["seconds"] > taken["loader"] >= 0
+    assert not torch.equal(before, next(side.student.parameters()))
+    held = len(list(setup.folder.iterdir())) if name == "plain" else len(side.run.pool)
+    assert held == 24
+    assert side.describe()["precision"] == "float32"
+
+
+def test_operations_grow_with_what_is_computed(setup: Setup) -> None:
+    ours, theirs = contestant("float32", setup).flops(), contestant("plain", setup).flops()
+    # Weight gradients of the teacher that nobody uses, and convolutions of doubled maps.
+    assert 1.2 * ours["inner_step"] < theirs["inner_step"]
+    assert ours["kd_step"] == theirs["kd_step"] > 0
+
+
+def test_a_matrix_product_is_counted_and_a_peak_is_the_fastest() -> None:
+    a = torch.ones(3, 5)
+    assert measure.flops(lambda: a @ a.T) == 2 * 3 * 5 * 3
+    assert measure.best_peaks({"x": 1.0, "y": 2.5}, {"x": 3.0, "y": 1.0}) == {"x": 3.0, "y": 2.5}
+    assert measure.spread([4.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 4.0}
+
+
+def test_memory_that_was_taken_and_given_back_is_seen() -> None:
+    growth = measure.MemoryGrowth(CPU)
+    with mmap.mmap(-1, 64 * 2**20) as fresh:  # no allocator can have it at hand
+        fresh.write(b"1" * 2**20 * 64)
+    assert growth.read()["growth_bytes"] > 60 * 2**20
+    assert measure.MemoryGrowth(CPU).read()["growth_bytes"] < 20 * 2**20  # what was there before is not seen
+
+
+def test_the_published_pool_costs_what_its_bytes_cost(setup: Setup) -> None:
+    found = contestant("pool", setup).memory(images=20_000, batch=256)
+    assert found["payload_bytes"] == 20_000 * 3 * 32 * 32
+    assert found["growth_bytes"] < 1.1 * found["payload_bytes"]
+
+
+def test_ratios_are_taken_turn_by_turn() -> None:
+    seconds = {"synthesis": [4.0, 10.0, 6.0], "kd": [1.0, 1.0, 1.0], "kd_without_loader": [0.5, 0.5, 0.5]}
+    ours = {"synthesis": [1.0, 5.0, 2.0], "kd": [0.5, 0.5, 0.5], "kd_without_loader": [0.5, 0.5, 0.5]}
+    found = speed.ratios({"plain": seconds, "ours": ours}, "ours")
+    assert found["synthesis"] == {"median": 3.0, "min": 2.0, "max": 4.0}
+    assert found["kd"]["median"] == 2.0
+    assert found["kd_without_loader"]["median"] == 1.0
+
+
+def test_a_published_run_keeps_its_recipe_unless_something_is_asked_for(tmp_path: Path) -> None:
+    assert speed.setup_of(speed.parse(["--published"]), tmp_path).overrides == {}
+    asked = speed.setup_of(speed.parse(["--published", "--steps", "2"]), tmp_path)
+    assert asked.overrides == {"synthesis.steps": 2}
+    # What a figure is computed from is always stated.
+    large = speed.setup_of(speed.parse(["--large"]), tmp_path).overrides
+    assert (large["synthesis.batch_size"], large["synthesis.steps"]) == (100, 50)
+
+
+def test_a_random_teacher_gives_finite_logits(setup: Setup) -> None:
+    random = replace(setup, teacher="random:fastdfkd_wrn16_1", recipe="smoke", num_classes=5)
+    side = contestant("float32", random)
+    logits = side.teacher(torch.rand(4, 3, 32, 32))
+    assert logits.shape == (4, 5)
+    assert torch.isfinite(logits).all()
+    assert logits.std() > 0
+
+
+def test_a_side_that_cannot_start_says_why_in_the_process_that_asked(setup: Setup) -> None:
+    here, there = Pipe()
+    contestants._serve(there, "ours", replace(setup, recipe="quik"))
+    with pytest.raises(UsageError, match="Did you mean quick"):
+        raise here.recv()
