@@ -50,7 +50,7 @@ def default_amp(device: torch.device) -> bool:
         # Asked of the device itself: torch.cuda.is_bf16_supported() answers for the current one.
         return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
-        # AVX-512's bf16 products alone do not make up for the conversions around them (docs/machine.md has figures).
+        # With AVX-512's own bf16 instructions it is slower than float32 (figures: docs/machine.md).
         return _cpu_bf16() == "AMX"
     return False
 
