@@ -281,7 +281,7 @@ def distill(
     ] = "validation",
     device: Device = "auto",
     amp: Amp = None,
-    compile_: Compile = False,
+    compile: Compile = False,
     graphs: Graphs = False,
     teacher_arch: TeacherArch = None,
     teacher_weights: TeacherWeights = None,
@@ -354,7 +354,7 @@ def distill(
         if dry_run:
             plan = api.plan_distill(teacher, student, **request)
         else:
-            result = api.distill(teacher, student, **request, compile=compile_, graphs=graphs)
+            result = api.distill(teacher, student, **request, compile=compile, graphs=graphs)
     if dry_run:
         _print_plan(plan, json)
         return
@@ -407,7 +407,7 @@ def synthesize(
     deterministic: Deterministic = None,
     device: Device = "auto",
     amp: Amp = None,
-    compile_: Compile = False,
+    compile: Compile = False,
     graphs: Graphs = False,
     teacher_arch: TeacherArch = None,
     teacher_weights: TeacherWeights = None,
@@ -473,7 +473,7 @@ def synthesize(
             plan = api.plan_synthesize(teacher, **request)
         else:
             try:
-                result = api.synthesize(teacher, **request, compile=compile_, graphs=graphs)
+                result = api.synthesize(teacher, **request, compile=compile, graphs=graphs)
             except KeyboardInterrupt as stop:
                 stop.add_note("whole shards stay in the folder: the same command with --resume goes on")
                 raise
