@@ -215,8 +215,8 @@ def test_without_momentum_nothing_is_kept() -> None:
 def test_only_an_observed_call_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model = teacher()
     read: list[int] = []
-    moments = bn_stats.channel_moments
-    monkeypatch.setattr(bn_stats, "channel_moments", lambda x: (read.append(1), moments(x))[1])
+    moments = bn_stats._moments
+    monkeypatch.setattr(bn_stats, "_moments", lambda x: (read.append(1), moments(x))[1])
     with BatchNormStatistics(model) as statistics:
         model(images())
         assert not read
@@ -268,6 +268,57 @@ def test_the_term_reaches_the_images_through_a_frozen_teacher() -> None:
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(4, 3, 6, 2), (2, 5, 3, 3), (16, 3, 8, 8)])
+def test_an_observed_layer_is_the_library_s_layer(layout: str, affine: bool, shape: tuple[int, ...]) -> None:
+    rng = torch.Generator().manual_seed(0)
+    layer = nn.BatchNorm2d(shape[1], affine=affine).double().eval()
+    with torch.no_grad():
+        for name, tensor in layer.state_dict().items():
+            if name != "num_batches_tracked":
+                tensor.uniform_(0.5, 2, generator=rng)
+    layer.requires_grad_(False)
+    x = torch.randn(shape, dtype=torch.float64, generator=rng).contiguous(memory_format=LAYOUTS[layout])
+    weights = [
+        torch.randn(shape, dtype=torch.float64, generator=rng),
+        *torch.randn(2, shape[1], generator=rng).double(),
+    ]
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with BatchNormStatistics(layer) as statistics:
+        output, moments = statistics.observe(ours)
+    mean, var = moments.chunk(2)
+    wanted = layer(theirs)
+    var64, mean64 = torch.var_mean(theirs, dim=(0, 2, 3), correction=0)
+    for found, expected in [(output, wanted), (mean, mean64), (var, var64)]:
+        assert torch.allclose(found, expected)
+    found, expected = (
+        torch.autograd.grad([(w * part).sum() for w, part in zip(weights, parts, strict=True)], x)[0]
+        for x, parts in [(ours, (output, mean, var)), (theirs, (wanted, mean64, var64))]
+    )
+    assert torch.allclose(found, expected)
+
+
+def test_weights_that_learn_get_their_gradients_while_observed() -> None:
+    model = teacher()
+    model.bn1.requires_grad_(True)
+    with BatchNormStatistics(model) as statistics:
+        logits, _ = statistics.observe(images())
+        logits.square().sum().backward()
+    found = model.bn1.weight.grad.clone()  # type: ignore[union-attr]
+    model.bn1.weight.grad = None
+    model(images()).square().sum().backward()
+    assert torch.equal(found, model.bn1.weight.grad)  # type: ignore[arg-type]
+
+
+def test_an_observed_layer_in_training_normalises_by_its_batch() -> None:
+    model = teacher()
+    model.bn1.train()
+    expected = model(images())
+    with BatchNormStatistics(model) as statistics:
+        assert torch.equal(statistics.observe(images())[0], expected)
 
 
 # What stays behind

@@ -82,9 +82,12 @@ def state_of(module: nn.Module) -> dict[str, Any]:
 
 
 def hooks_on(module: nn.Module) -> int:
-    """How many hooks stand on a module and all its layers."""
+    """How many hooks stand on a module and all its layers; a replaced ``forward`` counts as one."""
     return sum(
-        len(layer._forward_pre_hooks) + len(layer._forward_hooks) + len(layer._backward_hooks)
+        len(layer._forward_pre_hooks)
+        + len(layer._forward_hooks)
+        + len(layer._backward_hooks)
+        + ("forward" in vars(layer))
         for layer in module.modules()
     )
 

@@ -1,13 +1,13 @@
 """The feature term: how far a batch's statistics are from those a teacher's BatchNorm layers remember.
 
 :class:`BatchNormStatistics` is a context manager that reads the inputs of all BatchNorm layers while a model runs,
-and takes its hooks away again on leaving. Eq. 13 to 15 of Fang et al., AAAI 2022; the term is Yin et al.'s
+and takes everything off the model again on leaving. Eq. 13 to 15 of Fang et al., AAAI 2022; the term is Yin et al.'s
 (DeepInversion, CVPR 2020).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -32,37 +32,107 @@ def batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-class _ChannelMoments(torch.autograd.Function):
-    """Mean and biased variance per channel of ``[B, C, ...]``, in float32, in one pass over the input.
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel of ``[B, C, ...]``, in float32 at least, without a derivative.
 
     ``torch.var_mean`` over a channels-last activation takes ten times as long on a CPU as the fused kernel that
-    BatchNorm uses in training, and wants a float32 copy of a bf16 one; that kernel has no derivative of its own, so it
-    stands here: ``d mean / dx = 1/N`` and ``d var / dx = 2 (x - mean) / N``.
+    BatchNorm uses in training, and wants a float32 copy of a bf16 one.
     """
+    if x.device.type in ("cpu", "cuda") and x.dim() >= 3 and x.dtype in (torch.float32, torch.bfloat16):
+        # Float32 running buffers make the kernel accumulate and answer in float32 for a bf16 input too.
+        scratch = torch.zeros(2, x.shape[1], dtype=torch.float32, device=x.device)
+        mean, var = torch.batch_norm_update_stats(x, scratch[0], scratch[1], 0.0)
+        return mean.float(), var.float()
+    dims = [d for d in range(x.dim()) if d != 1]
+    wide = x if x.dtype == torch.float64 else x.float()
+    var, mean = torch.var_mean(wide, dim=dims, correction=0)
+    return mean, var
+
+
+def _gradient_line(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, Tensor]:
+    """Offset and slope ``[C]`` of the moments' gradient in x: ``d mean/dx = 1/N``, ``d var/dx = 2 (x - mean)/N``."""
+    count = x.numel() // x.shape[1]
+    slope = 2.0 / count * grad_var
+    return grad_mean / count - slope * mean, slope
+
+
+#: Entries that a vector per channel is repeated to: a kernel's inner loop over 16 channels is mostly overhead.
+_ROW = 512
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """A channels-last ``[B, C, H, W]`` as a matrix that holds each channel several times in a row; how often.
+
+    Anything else comes back as it is, with 0.
+    """
+    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        return x, 0
+    pixels, channels = x.numel() // x.shape[1], x.shape[1]
+    times = 1
+    while times * channels < _ROW and pixels % (2 * times) == 0:
+        times *= 2
+    return x.permute(0, 2, 3, 1).reshape(pixels // times, times * channels), times
+
+
+def _along(x: Tensor, times: int, vector: Tensor) -> Tensor:
+    """A ``vector`` ``[C]`` in the shape in which it meets what :func:`_rows` made of x."""
+    vector = vector.to(x.dtype)
+    return vector.repeat(times) if times else vector.view(1, -1, *([1] * (x.dim() - 2)))
+
+
+class _ChannelMoments(torch.autograd.Function):
+    """:func:`_moments` with their derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.device.type in ("cpu", "cuda") and x.dim() >= 3 and x.dtype in (torch.float32, torch.bfloat16):
-            # Float32 running buffers make the kernel accumulate and answer in float32 for a bf16 input too.
-            scratch = torch.zeros(2, x.shape[1], dtype=torch.float32, device=x.device)
-            mean, var = torch.batch_norm_update_stats(x, scratch[0], scratch[1], 0.0)
-            mean, var = mean.float(), var.float()
-        else:
-            dims = [d for d in range(x.dim()) if d != 1]
-            wide = x if x.dtype == torch.float64 else x.float()
-            var, mean = torch.var_mean(wide, dim=dims, correction=0)
+        mean, var = _moments(x)
         ctx.save_for_backward(x, mean)
         return mean, var
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad_mean, grad_var = grads
         x, mean = ctx.saved_tensors
-        count = x.numel() // x.shape[1]
-        slope = 2.0 / count * grad_var
-        offset = grad_mean / count - slope * mean
-        shape = (1, -1, *([1] * (x.dim() - 2)))
-        return torch.addcmul(offset.to(x.dtype).view(shape), x, slope.to(x.dtype).view(shape))
+        offset, slope = _gradient_line(x, mean, *grads)
+        rows, times = _rows(x)
+        result = torch.addcmul(_along(x, times, offset), rows, _along(x, times, slope))
+        return _as(x, result, times)
+
+
+class _ObservedNorm(torch.autograd.Function):
+    """A frozen BatchNorm's output and the moments of its input, with both gradients in two passes.
+
+    Apart, they take three operations: the library's derivative, which also sums what the gradients of the layer's own
+    weights would need, the moments' one, and their sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found_mean, found_var = _moments(x)
+        scale = torch.rsqrt(var + eps)
+        ctx.save_for_backward(x, found_mean, scale if weight is None else scale * weight)
+        return nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), found_mean, found_var
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        grad_output, grad_mean, grad_var = grads
+        x, mean, scale = ctx.saved_tensors
+        offset, slope = _gradient_line(x, mean, grad_mean, grad_var)
+        rows, times = _rows(x)
+        result = torch.addcmul(_along(x, times, offset), rows, _along(x, times, slope))
+        if times:
+            grad_output, _ = _rows(grad_output.contiguous(memory_format=torch.channels_last))
+        result.addcmul_(grad_output, _along(x, times, scale))
+        return _as(x, result, times), None, None, None, None, None
+
+
+def _as(x: Tensor, result: Tensor, times: int) -> Tensor:
+    """Undo :func:`_rows`."""
+    if not times:
+        return result
+    batch, channels, height, width = x.shape
+    return result.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,10 +212,15 @@ class BatchNormStatistics:
         # Eq. 14's statistics [2 S], and their weight in Eq. 15: 0 until there are some.
         self._accumulated: tuple[Tensor, Tensor] | None = None
         self._handles: list[RemovableHandle] = []
+        self._replaced: list[nn.Module] = []
 
     def __enter__(self) -> BatchNormStatistics:
         for name, layer in self.layers.items():
-            self._handles.append(layer.register_forward_pre_hook(self._hook(name)))
+            if type(layer) is nn.BatchNorm2d and "forward" not in vars(layer):
+                layer.forward = self._forward(name, layer)  # type: ignore[method-assign, assignment]
+                self._replaced.append(layer)
+            else:
+                self._handles.append(layer.register_forward_pre_hook(self._hook(name)))
         return self
 
     def __exit__(
@@ -153,8 +228,10 @@ class BatchNormStatistics:
     ) -> None:
         while self._handles:
             self._handles.pop().remove()
+        while self._replaced:
+            del self._replaced.pop().forward
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def read(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             # Only an observed call is of interest: KD's teacher pass must not pay for this.
             if self._latest is None:
@@ -166,6 +243,22 @@ class BatchNormStatistics:
             self._latest.append((name, mean, var))
 
         return read
+
+    def _forward(self, name: str, layer: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
+        """What stands in for a plain layer's own ``forward``, so that reading its input costs less."""
+        read = self._hook(name)
+
+        def forward(x: Tensor) -> Tensor:
+            frozen = not layer.training and not any(p.requires_grad for p in layer.parameters(recurse=False))
+            mean, var = layer.running_mean, layer.running_var
+            if self._latest is None or torch.compiler.is_compiling() or not frozen or mean is None or var is None:
+                read(layer, (x,))
+                return type(layer).forward(layer, x)
+            output, *moments = _ObservedNorm.apply(x, mean, var, layer.weight, layer.bias, layer.eps)
+            self._latest.append((name, *moments))
+            return output
+
+        return forward
 
     def observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Run the model on ``x``: its output, and the moments ``[2 S]`` of its BatchNorm layers' inputs."""
