@@ -7,7 +7,8 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from fastdfkd_cli.dataset import DatasetWriter, class_folders, load_manifest, read_dataset
 from fastdfkd_cli.dataset import writer as dataset_writer
+from fastdfkd_cli.dataset.background import Background, HostCopy
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
 from fastdfkd_cli.output import StagedDirectory, sha256_file
 
@@ -246,6 +248,7 @@ def test_an_interrupted_shard_is_dropped_or_completed(
         )
         with pytest.raises(KeyboardInterrupt):
             writer.flush_shard(state=({}, {"done": 2}))
+            writer.wait()
     # Nothing is tidied up here, as after a kill: the temporary names are still there.
     assert any(name.endswith(".partial") for name in listing(tmp_path / "set"))
     writer.release()
@@ -276,6 +279,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_whole_shards(tmp_path: Path, monk
     writer = DatasetWriter(tmp_path / "set", **arguments())
     writer.add(*batch(4))
     writer.flush_shard()
+    writer.wait()
     writer.add(*batch(4, seed=1))
     with monkeypatch.context() as patch:
         interrupt(patch, "_png", OSError(errno.ENOSPC, "No space left on device"), lambda image: True)
@@ -283,6 +287,243 @@ def test_a_full_disk_is_one_line_and_keeps_the_whole_shards(tmp_path: Path, monk
             writer.flush_shard()
     assert len(read_dataset(tmp_path / "set")) == 4
     assert not any(".partial" in name for name in listing(tmp_path / "set"))
+
+
+def test_a_disk_that_is_full_before_the_first_shard_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = FastDFKDError("Cannot write: No space left on device")
+    with (
+        pytest.raises(FastDFKDError, match="No space left"),
+        DatasetWriter(tmp_path / "set", **arguments()) as writer,
+    ):
+        interrupt(monkeypatch, "write_bytes", full, lambda path: path.parent.name == "state")
+        writer.add(*batch(4))
+        writer.flush_shard(state=({}, {"done": 1}))
+    assert list(tmp_path.iterdir()) == []
+
+
+# Beside the computation
+
+
+class SlowDisk:
+    """Every image waits for the gate; a test that forgets to open it fails within seconds."""
+
+    def __init__(self) -> None:
+        self.busy, self.gate = threading.Event(), threading.Event()
+        self._png = dataset_writer._png
+
+    def png(self, image: Any) -> bytes:
+        self.busy.set()
+        assert self.gate.wait(20), "the caller waited for the disk"
+        return self._png(image)
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
+    disk = SlowDisk()
+    monkeypatch.setattr(dataset_writer, "_png", disk.png)
+    yield disk
+    disk.gate.set()
+
+
+def writing_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("fastdfkd-writer")]
+
+
+def no_thread_is_left() -> bool:
+    for thread in writing_threads():
+        thread.join(10)
+    return not writing_threads()
+
+
+def test_what_is_flushed_is_written_as_it_was_while_the_caller_goes_on(tmp_path: Path, slow_disk: SlowDisk) -> None:
+    images, labels, logits = batch(6)
+    state, values = torch.tensor([1.0, 2.0]), {"done": [1]}
+    with DatasetWriter(tmp_path / "set", **arguments()) as writer:
+        mine = [part.clone() for part in (images, labels, logits)]
+        writer.add(*mine)
+        writer.flush_shard(state=({"z": state}, values))
+        assert slow_disk.busy.wait(20)
+        for part in (*mine, state):  # an engine steps in place
+            part.zero_()
+        values["done"].append(2)
+        writer.add(*batch(1, seed=1))
+        assert (writer.num_images, writer.num_buffered, writer.num_written) == (7, 3, 0)
+        assert not writer.full
+        slow_disk.gate.set()
+        writer.wait()
+        assert (writer.num_images, writer.num_buffered, writer.num_written) == (7, 3, 4)
+    found = read_dataset(tmp_path / "set")
+    assert torch.equal(found.images, images[:4])
+    assert torch.equal(found.labels, labels[:4])
+    assert found.logits is not None
+    assert torch.equal(found.logits, logits[:4])
+    with DatasetWriter.resume(tmp_path / "set", **arguments()) as writer:
+        assert writer.state is not None
+        assert (writer.state.tensors["z"].tolist(), writer.state.values) == ([1.0, 2.0], {"done": [1]})
+        assert (writer.num_images, writer.num_buffered) == (6, 2)
+        writer.close()
+    assert torch.equal(read_dataset(tmp_path / "set").images, images)
+
+
+def test_a_caller_faster_than_the_disk_waits_with_one_shard_in_its_hands(
+    tmp_path: Path, slow_disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait, threads = Background.wait, []
+
+    def waits(self: Background) -> None:
+        threads.append(len(writing_threads()))
+        slow_disk.gate.set()
+        wait(self)
+
+    with DatasetWriter(tmp_path / "set", **arguments()) as writer:
+        writer.add(*batch(4))
+        writer.flush_shard()
+        assert slow_disk.busy.wait(20)
+        writer.add(*batch(4, seed=1))
+        monkeypatch.setattr(Background, "wait", waits)
+        writer.flush_shard()
+        assert threads[0] == 1
+        assert writer.num_written >= 4
+        writer.close()
+    expected = torch.cat([batch(4, seed=seed)[0] for seed in range(2)])
+    assert torch.equal(read_dataset(tmp_path / "set").images, expected)
+    assert no_thread_is_left()
+
+
+@pytest.fixture
+def slow_until_left(slow_disk: SlowDisk, monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
+    """A disk that goes on when the caller has stopped and waits for it."""
+    failure = Background.failure
+
+    def waits(self: Background) -> BaseException | None:
+        slow_disk.gate.set()
+        return failure(self)
+
+    monkeypatch.setattr(Background, "failure", waits)
+    return slow_disk
+
+
+def test_an_interruption_finishes_the_shard_that_is_being_written(tmp_path: Path, slow_until_left: SlowDisk) -> None:
+    first, second = batch(4), batch(3, seed=1)
+    writer = DatasetWriter(tmp_path / "set", **arguments())
+    with pytest.raises(KeyboardInterrupt), writer:
+        writer.add(*first)
+        writer.flush_shard(state=({}, {"done": 1}))
+        writer.add(*second)
+        assert slow_until_left.busy.wait(20)
+        raise KeyboardInterrupt
+    assert no_thread_is_left()
+    assert not any(".partial" in name for name in listing(tmp_path / "set"))
+    with DatasetWriter.resume(tmp_path / "set", **arguments()) as writer:
+        assert writer.state is not None
+        assert (writer.state.values, writer.num_images) == ({"done": 1}, 4)
+    assert torch.equal(read_dataset(tmp_path / "set").images, first[0])
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_interruption_while_the_thread_starts_leaves_a_whole_shard_or_nothing(
+    tmp_path: Path, slow_until_left: SlowDisk, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    start = threading.Thread.start
+
+    def interrupted(self: threading.Thread) -> None:
+        if begun:
+            start(self)
+            assert slow_until_left.busy.wait(20)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), DatasetWriter(tmp_path / "set", **arguments()) as writer:
+        writer.add(*batch(4))
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        writer.flush_shard()
+    assert no_thread_is_left()
+    assert (tmp_path / "set").exists() == begun
+    if begun:
+        assert len(read_dataset(tmp_path / "set")) == 4
+
+
+def test_the_folder_stays_locked_while_anything_is_written_to_it(
+    tmp_path: Path, slow_disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impatient(self: Background) -> None:
+        raise KeyboardInterrupt  # Ctrl-C again, as Python's own handler raises it in somebody's session
+
+    writer = DatasetWriter(tmp_path / "set", **arguments())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), writer:
+        writer.add(*batch(4))
+        writer.flush_shard(state=({}, {}))
+        assert slow_disk.busy.wait(20)
+        patch.setattr(Background, "failure", impatient)
+        raise KeyboardInterrupt
+    with pytest.raises(UsageError, match="Another run"):
+        DatasetWriter.resume(tmp_path / "set", **arguments())
+    slow_disk.gate.set()
+    assert no_thread_is_left()
+    with DatasetWriter.resume(tmp_path / "set", **arguments()) as again:
+        assert again.num_written == 4
+
+
+@pytest.mark.parametrize("then", ["add", "flush_shard", "close", "leave"])
+def test_a_failure_in_the_background_ends_the_run_at_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    with DatasetWriter(tmp_path / "set", **arguments()) as writer:
+        writer.add(*batch(4))
+        writer.flush_shard(state=({}, {"done": 1}))
+    before = snapshot(tmp_path / "set")
+    writer = DatasetWriter.resume(tmp_path / "set", **arguments())
+    calls: dict[str, Callable[[], Any]] = {
+        "add": lambda: writer.add(*batch(1)),
+        "flush_shard": lambda: writer.flush_shard(state=({}, {"done": 3})),
+        "close": writer.close,
+        "leave": lambda: None,
+    }
+    with monkeypatch.context() as patch:
+        interrupt(patch, "_png", OSError(errno.ENOSPC, "No space left on device"), lambda image: True)
+        with pytest.raises(FastDFKDError, match=r"Cannot write .*set: No space left"), writer:
+            writer.add(*batch(4, seed=1))
+            writer.flush_shard(state=({}, {"done": 2}))
+            assert no_thread_is_left()
+            patch.undo()  # there is room again: going on would leave a hole where the failed shard was
+            if then != "leave":
+                with pytest.raises(FastDFKDError, match="No space left"):
+                    calls[then]()
+            calls[then]()
+    assert snapshot(tmp_path / "set") == before
+
+
+def test_a_shard_that_the_caller_refuses_is_not_written(tmp_path: Path) -> None:
+    def broken() -> None:
+        raise FastDFKDError("not a number")
+
+    writer = DatasetWriter(tmp_path / "set", **arguments())
+    with pytest.raises(FastDFKDError, match="not a number"), writer:
+        writer.add(*batch(6))
+        writer.flush_shard(state=({}, {}), check=broken)
+        writer.close()
+    assert not (tmp_path / "set").exists()
+
+
+def test_copies_for_the_thread_are_waited_for_and_in_one_piece() -> None:
+    class Arrival:
+        def __init__(self) -> None:
+            self.waits = 0
+
+        def synchronize(self) -> None:
+            self.waits += 1
+
+    source = torch.rand(5, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    (copy,) = HostCopy.of(source).wait()
+    assert torch.equal(copy, source)
+    assert copy.is_contiguous()
+    assert copy.data_ptr() != source.data_ptr()
+    arrival: Any = Arrival()
+    cut = HostCopy([source], arrival).behind(2)
+    assert (len(cut), arrival.waits) == (3, 0)
+    assert torch.equal(cut.wait()[0], source[2:])
+    assert arrival.waits == 1
 
 
 def test_resume_refuses_other_settings_and_names_them(tmp_path: Path) -> None:

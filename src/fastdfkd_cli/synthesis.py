@@ -3,12 +3,16 @@
 A new generator's first batches look like noise. A distillation run learns from them all the same (the paper's pool
 holds every batch); a data set is better without them, so as many batches as the recipe's warm-up are made and thrown
 away before the first image is kept.
+
+The loop asks the device for nothing: images, logits, state and whether they are numbers go to the writer's thread,
+which looks at them before it stores any. Only a record, once a second, waits for the device.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 from fastdfkd_cli import __version__
 from fastdfkd_cli.config import RunConfig, to_dict
 from fastdfkd_cli.dataset import DatasetWriter, load_manifest
+from fastdfkd_cli.dataset.background import HostCopy
 from fastdfkd_cli.errors import FastDFKDError
 from fastdfkd_cli.methods import Synthesizer
 from fastdfkd_cli.pool import to_float
@@ -90,6 +95,9 @@ class Synthesis:
         self.device = device
         self.manifest: dict[str, Any] = {}
         self._burned = 0
+        #: Batches that nobody has looked at: images before each, and which of its loss terms and logits are finite.
+        self._unseen: list[tuple[int, Tensor]] = []
+        self._terms: tuple[str, ...] = ()
         if writer.state is not None:
             self.method.load_state_dict(writer.state.tensors)
             self._burned = int(writer.state.values["burned"])
@@ -106,19 +114,23 @@ class Synthesis:
         burn_in = burn_in_batches(self.config)
         while self.writer.num_images < self.num_images:
             batch = self.method.synthesize(self.student)
-            self._require_finite(batch.losses)
             if self._burned < burn_in:
+                self._watch(batch.losses)
                 self._burned += 1
             else:
                 room = self.num_images - self.writer.num_images
                 images = batch.images[:room]
-                self.writer.add(images, batch.labels[:room], self._soft_labels(images))
+                logits = self._soft_labels(images)
+                self._watch(batch.losses, logits)
+                self.writer.add(images, batch.labels[:room], logits)
                 if self.writer.full:
-                    self.writer.flush_shard(state=self._state())
+                    self.writer.flush_shard(state=self._state(), check=self._check())
             now = time.perf_counter()
             if now - reported >= RECORD_EVERY:
                 reported = now
-                yield self._record(made_before, now - started, {k: float(v) for k, v in batch.losses.items()})
+                self._check()()
+                values = torch.stack(list(batch.losses.values())).tolist()
+                yield self._record(made_before, now - started, dict(zip(batch.losses, values, strict=True)))
         seconds = time.perf_counter() - started
         summary = {
             "fastdfkd": __version__,
@@ -127,29 +139,35 @@ class Synthesis:
             "images_this_run": self.writer.num_images - made_before,
             "versions": versions(),
         }
-        self.manifest = self.writer.close(state=self._state(), summary=summary)
+        self.manifest = self.writer.close(state=self._state(), check=self._check(), summary=summary)
         yield self._record(made_before, seconds, {})
 
-    def _require_finite(self, losses: Mapping[str, Tensor]) -> None:
-        """Pixels that are not numbers would be rounded to some grey, and stored as if nothing had happened."""
-        if not torch.isfinite(torch.stack(list(losses.values()))).all():
-            broken = ", ".join(name for name, value in losses.items() if not torch.isfinite(value))
-            raise FastDFKDError(
-                f"The synthesis loss stopped being finite after {self.writer.num_images} images ({broken}). "
-                "Lower synthesis.lr_generator, or use --no-amp."
-            )
+    def _watch(self, losses: Mapping[str, Tensor], logits: Tensor | None = None) -> None:
+        """Have the device note whether a batch's figures are numbers; :meth:`_check` reads the note.
+
+        Pixels that are not numbers are rounded to some grey, so the images alone would not tell.
+        """
+        self._terms = tuple(losses)
+        finite = [torch.isfinite(value) for value in losses.values()]
+        finite.append(torch.ones_like(finite[0]) if logits is None else torch.isfinite(logits).all())
+        self._unseen.append((self.writer.num_images, torch.stack(finite)))
+
+    def _check(self) -> Callable[[], None]:
+        """Return what raises a FastDFKDError if a batch since the last check was broken."""
+        if not self._unseen:
+            return lambda: None
+        counts = [count for count, _ in self._unseen]
+        notes = HostCopy.of(torch.stack([note for _, note in self._unseen]))
+        self._unseen = []
+        return partial(_require_finite, counts, self._terms, notes)
 
     @torch.no_grad()
     def _soft_labels(self, images: Tensor) -> Tensor:
         """The teacher's logits for the images as they are stored: rounded, not augmented, in float32."""
-        logits = self.teacher(to_float(images)).float()
-        if not torch.isfinite(logits).all():
-            raise FastDFKDError("The teacher's outputs stopped being finite; lower synthesis.lr_generator.")
-        return logits
+        return self.teacher(to_float(images)).float()
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {name: tensor.cpu() for name, tensor in self.method.state_dict().items()}
-        return tensors, {"burned": self._burned}
+        return self.method.state_dict(), {"burned": self._burned}
 
     def _record(self, made_before: int, elapsed: float, values: dict[str, float]) -> Record:
         made = self.writer.num_images
@@ -168,6 +186,20 @@ class Synthesis:
             rate=rate,
             values=values,
         )
+
+
+def _require_finite(counts: Sequence[int], terms: Sequence[str], notes: HostCopy) -> None:
+    """End the run at the first batch of which a loss term, or else the teacher's logits, were not finite."""
+    (rows,) = notes.wait()
+    for count, (*of_terms, of_logits) in zip(counts, rows.tolist(), strict=True):
+        broken = ", ".join(name for name, finite in zip(terms, of_terms, strict=True) if not finite)
+        if broken:
+            raise FastDFKDError(
+                f"The synthesis loss stopped being finite after {count} images ({broken}). "
+                "Lower synthesis.lr_generator, or use --no-amp."
+            )
+        if not of_logits:
+            raise FastDFKDError("The teacher's outputs stopped being finite; lower synthesis.lr_generator.")
 
 
 __all__ = ["Synthesis", "burn_in_batches", "header"]

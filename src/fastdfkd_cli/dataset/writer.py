@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import IO, Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from fastdfkd_cli import __version__
 from fastdfkd_cli.data.files import IMAGE_MODES, images_in_tar, pixels
+from fastdfkd_cli.dataset.background import Background, HostCopy
 from fastdfkd_cli.dataset.layout import (
     CLASSES,
     FORMAT,
@@ -70,6 +72,24 @@ State = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 _PENDING = ("pending.images", "pending.labels", "pending.logits")
 
 
+@dataclass(frozen=True)
+class _Snapshot:
+    """A :data:`State` that stays as it was while the engine goes on: the thread's own copies."""
+
+    names: tuple[str, ...]
+    tensors: HostCopy
+    values: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, state: State | None) -> _Snapshot | None:
+        if state is None:
+            return None
+        tensors, values = state
+        if any(name.startswith("pending.") for name in tensors):
+            raise ValueError("state tensors may not be named pending.*")
+        return cls(tuple(tensors), HostCopy.of(*tensors.values()), plain_json(values))
+
+
 def _png(image: np.ndarray[Any, Any]) -> bytes:
     """Encode one uint8 ``[C, H, W]`` image."""
     pixels = np.ascontiguousarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0))
@@ -114,8 +134,13 @@ class DatasetWriter:
     """Writes a set, shard by shard; every shard that the manifest names is whole, whatever happens later.
 
     Images are buffered by :meth:`add`; :meth:`flush_shard` writes the whole shards among them, keeps the rest with the
-    caller's state, and so marks a point from which :meth:`resume` goes on exactly. As a context manager it gives the
-    folder up on leaving; after an exception before the first shard it also removes the folder it made.
+    caller's state, and so marks a point from which :meth:`resume` goes on exactly.
+
+    All writing happens in a thread, one flush at a time: the caller fills the next shard meanwhile, and waits at its
+    flush if the disk is the slower one. What cannot be written is raised by the next :meth:`add`, :meth:`flush_shard`
+    or :meth:`close`, and by every one after it. As a context manager the writer finishes on leaving what was flushed,
+    whatever the reason, and gives the folder up; after an exception before the first shard it also removes the folder
+    it made.
 
     Args:
         directory: the set's folder: missing, empty, or (``overwrite``) an earlier set. An earlier set is removed only
@@ -135,7 +160,7 @@ class DatasetWriter:
 
     Raises:
         UsageError: the folder is in use, not writable, or holds files that are not this set's.
-        FastDFKDError: later, by any method that writes: the disk is full.
+        FastDFKDError: later, as above: the disk is full.
     """
 
     def __init__(
@@ -170,7 +195,10 @@ class DatasetWriter:
         self._counts = [0] * num_classes
         self._state_files: dict[str, Any] | None = None
         self.state: ResumeState | None = None
-        self._waiting: list[Sequence[Tensor]] = []  # images, labels, logits of no shard yet
+        self._waiting: list[HostCopy] = []  # images, labels, logits of no shard yet
+        # While it has a job, the folder, what stands in it (the shards, counts and state above) and `complete` are
+        # the thread's.
+        self._background = Background()
         self.complete = False
         self._replaces = self._began = False
         self._lock: int | None = None
@@ -189,6 +217,7 @@ class DatasetWriter:
         except BaseException:
             self.release()
             raise
+        self._num_images = self.num_written + self.num_buffered
 
     @classmethod
     def resume(cls, directory: str | Path, **settings: Any) -> DatasetWriter:
@@ -276,6 +305,8 @@ class DatasetWriter:
                 if name not in known and _is_leftover(name):
                     path = self.directory / name
                     path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        with contextlib.suppress(OSError):  # it is not empty, or not there
+            (self.directory / "state").rmdir()
 
     def _read_back(self) -> None:
         manifest = load_manifest(self.directory)
@@ -322,25 +353,25 @@ class DatasetWriter:
             else:
                 tensors = safetensors.torch.load_file(path)
         if _PENDING[0] in tensors:
-            self._waiting = [[tensors.pop(name) for name in _PENDING]]
+            self._waiting = [HostCopy([tensors.pop(name) for name in _PENDING])]
         self.state = ResumeState(tensors, values)
 
     # What the engine sees
 
     @property
     def num_images(self) -> int:
-        """Images added so far, those of the earlier runs included."""
-        return self.num_written + self.num_buffered
+        """Images added so far, written or not, those of the earlier runs included."""
+        return self._num_images
 
     @property
     def num_written(self) -> int:
-        """Images in whole shards."""
+        """Images in whole shards on the disk."""
         return sum(int(shard["images"]) for shard in self._shards)
 
     @property
     def num_buffered(self) -> int:
-        """Images that wait for their shard."""
-        return sum(len(labels) for _, labels, _ in self._waiting)
+        """Images that wait for a flush."""
+        return sum(len(copy) for copy in self._waiting)
 
     @property
     def full(self) -> bool:
@@ -350,58 +381,88 @@ class DatasetWriter:
     def add(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
         """Take a batch: uint8 ``[B, C, H, W]``, classes ``[B]``, the teacher's logits ``[B, num_classes]``.
 
-        Logits are kept in float16 if they come in it, else in float32. Everything is copied to the CPU.
+        Logits are kept in float16 if they come in it, else in float32. Everything is copied to the CPU; from a CUDA
+        device without waiting for it, so that there a class that the set does not have is found by the thread.
 
         Raises:
             ValueError: a shape, type or label that does not fit the set.
+            FastDFKDError: an earlier flush failed.
         """
+        self._background.check()
         batch = len(images)
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.input_size:
             raise ValueError(f"images must be uint8 [B, {self.input_size}], not {images.dtype} {tuple(images.shape)}")
         if labels.shape != (batch,) or logits.shape != (batch, self.num_classes):
             raise ValueError(f"labels {tuple(labels.shape)} or logits {tuple(logits.shape)} do not fit {batch} images")
-        labels = labels.detach().to("cpu", torch.int64, copy=True)
-        if batch and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise ValueError(f"labels must be in 0..{self.num_classes - 1}")
         kind = torch.float16 if logits.dtype == torch.float16 else torch.float32
-        if self._waiting and self._waiting[0][2].dtype != kind:
-            raise ValueError(f"logits of {self._waiting[0][2].dtype} before and {kind} now")
-        self._waiting.append((images.detach().to("cpu", copy=True), labels, logits.detach().to("cpu", kind, copy=True)))
+        if self._waiting and self._waiting[0].dtypes[2] != kind:
+            raise ValueError(f"logits of {self._waiting[0].dtypes[2]} before and {kind} now")
+        if labels.device.type != "cuda":
+            self._check_labels(labels)
+        self._waiting.append(HostCopy.of(images, labels.to(torch.int64), logits.to(kind)))
+        self._num_images += batch
         self.complete = False
 
-    def flush_shard(self, *, state: State | None = None) -> None:
-        """Write every whole shard that waits, then ``state`` with the images that still wait.
+    def _check_labels(self, labels: Tensor) -> None:
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise ValueError(f"labels must be in 0..{self.num_classes - 1}")
+
+    def flush_shard(self, *, state: State | None = None, check: Callable[[], None] | None = None) -> None:
+        """Have every whole shard that waits written, then ``state`` with the images that still wait.
 
         Args:
             state: tensors (names without the prefix ``pending.``) and JSON values from which the engine can go on
-                after the images added so far. Without it a resumed run goes on after the last whole shard, with
-                nothing to start from.
+                after the images added so far; both are copied. Without it a resumed run goes on after the last whole
+                shard, with nothing to start from.
+            check: called in the thread before anything is written: what it raises keeps all that was added since the
+                last flush out of the set, and ends the run as a failure to write does.
+
+        Raises:
+            FastDFKDError: an earlier flush failed.
         """
         written = self.num_buffered // self.shard_size
         if written or state is not None:
-            self._commit([self.shard_size] * written, state)
+            self._begin([self.shard_size] * written, state, check)
 
-    def close(self, *, state: State | None = None, summary: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def close(
+        self,
+        *,
+        state: State | None = None,
+        check: Callable[[], None] | None = None,
+        summary: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Write what still waits as a last, shorter shard, the pictures per class, and the final manifest.
 
         Args:
             state: as for :meth:`flush_shard`: with it the set can be made larger later.
+            check: as for :meth:`flush_shard`.
             summary: what the run wants to say of itself in the manifest (times, versions); no part of the settings.
 
         Returns:
             The manifest.
         """
         whole, rest = divmod(self.num_buffered, self.shard_size)
-        self._commit([self.shard_size] * whole + [rest] * (rest > 0), state, complete=True, summary=summary)
-        self._write_grids()
+        self._begin([self.shard_size] * whole + [rest] * (rest > 0), state, check, complete=True, summary=summary)
+        self.wait()
         self.release()
         return load_manifest(self.directory)
 
+    def wait(self) -> None:
+        """Wait until everything that was flushed is on the disk.
+
+        Raises:
+            FastDFKDError: it could not be written.
+        """
+        self._background.wait()
+
     def release(self) -> None:
-        """Let other runs into the folder again. What was added since the last whole shard is dropped."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Let other runs into the folder again, once what was flushed is written; drop what was added since."""
+        try:
+            self._background.failure()
+        finally:  # also when a second Ctrl-C cuts the waiting short: then the lock goes with the thread's last write
+            if self._lock is not None:
+                self._background.afterwards(partial(os.close, self._lock))
+                self._lock = None
         for folder in self._made:
             with contextlib.suppress(OSError):  # it holds the set
                 folder.rmdir()
@@ -412,11 +473,14 @@ class DatasetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self._replaces:
-            self._drop_partials()
-        elif error is not None:
-            self._give_up()
-        self.release()
+        try:
+            failure = self._background.failure()
+            if error is not None or failure is not None:
+                self._drop_partials() if self._replaces else self._give_up()
+        finally:
+            self.release()
+        if error is None and failure is not None:
+            raise failure
 
     def _drop_partials(self) -> None:
         """Remove the shard that was begun beside the earlier set, and nothing of that set."""
@@ -437,41 +501,65 @@ class DatasetWriter:
 
     # Writing
 
-    def _commit(
+    def _begin(
         self,
         sizes: Sequence[int],
         state: State | None,
+        check: Callable[[], None] | None,
         *,
         complete: bool = False,
         summary: Mapping[str, Any] | None = None,
     ) -> None:
+        """Hand shards of these ``sizes`` and everything behind them to the thread."""
+        self.wait()
+        snapshot, waiting = _Snapshot.of(state), list(self._waiting)
+
+        def job() -> None:
+            if check is not None:
+                check()
+            self._commit(waiting, sizes, snapshot, complete=complete, summary=summary)
+            if complete:
+                self._write_grids()
+
+        self._background.start(job)
+        if sizes:
+            self._waiting = _behind(self._waiting, sum(sizes))
+
+    def _commit(
+        self,
+        waiting: list[HostCopy],
+        sizes: Sequence[int],
+        state: _Snapshot | None,
+        *,
+        complete: bool,
+        summary: Mapping[str, Any] | None,
+    ) -> None:
+        """Write shards from the first images of ``waiting``, which is emptied, and keep the rest with the state."""
         if self._replaces and not sizes and not complete:
             return  # nothing is whole yet: the earlier set stays
-        images, labels, logits = (
-            [torch.cat(parts) for parts in zip(*self._waiting, strict=True)] if self._waiting else [torch.empty(0)] * 3
-        )
+        images, labels, logits = _joined(waiting)
+        self._check_labels(labels)
         shards, counts = list(self._shards), list(self._counts)
         start, first = 0, self.num_written
         with writing(self.directory):
             for size in sizes:
                 part = slice(start, start + size)
                 shards.append(self._write_shard(len(shards), first + start, images[part], labels[part], logits[part]))
-                for label, count in zip(*labels[part].unique(return_counts=True), strict=True):
-                    counts[int(label)] += int(count)
+                for label, count in enumerate(np.bincount(labels[part].numpy(), minlength=self.num_classes)):
+                    counts[label] += int(count)
                 start += size
             if self._replaces:
                 self._remove_old()
-            # Copies: views would keep the whole batch in memory.
-            rest = [part[start:].clone(memory_format=torch.contiguous_format) for part in (images, labels, logits)]
             state_files = None
             if state is not None:
-                state_files = self._write_state(first + len(labels), state, rest)
+                state_files = self._write_state(
+                    first + len(labels), state, (images[start:], labels[start:], logits[start:])
+                )
             self._write_manifest(shards, counts, state_files, complete, summary)
             for shard in shards[len(self._shards) :]:
                 for name in shard["files"]:
                     os.replace(_partial(self.directory / name), self.directory / name)
         self._shards, self._counts, self._state_files, self.complete = shards, counts, state_files, complete
-        self._waiting = [rest] if len(rest[1]) else []
         self._drop_leftovers()
 
     def _write_manifest(
@@ -516,11 +604,8 @@ class DatasetWriter:
         files = {path.name: _facts(_partial(path)) for path in (tar_path, tensor_path)}
         return {"images": len(labels), "first": first, "files": files}
 
-    def _write_state(self, position: int, state: State, rest: Sequence[Tensor]) -> dict[str, Any]:
-        tensors, values = state
-        if any(name.startswith("pending.") for name in tensors):
-            raise ValueError("state tensors may not be named pending.*")
-        content = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    def _write_state(self, position: int, state: _Snapshot, rest: Sequence[Tensor]) -> dict[str, Any]:
+        content = dict(zip(state.names, state.tensors.wait(), strict=True))
         content |= {name: tensor for name, tensor in zip(_PENDING, rest, strict=True) if len(tensor)}
         folder = self.directory / "state"
         folder.mkdir(exist_ok=True)
@@ -528,7 +613,7 @@ class DatasetWriter:
         # is written again only with nothing added in between, and then the two are equally good.
         paths = (folder / f"{position:08d}.safetensors", folder / f"{position:08d}.json")
         write_bytes(paths[0], safetensors.torch.save(content))
-        write_json(paths[1], values)
+        write_json(paths[1], state.values)
         return {f"state/{path.name}": _facts(path) for path in paths}
 
     def _remove_old(self) -> None:
@@ -578,6 +663,28 @@ def _synced(path: Path) -> Iterator[IO[bytes]]:
         yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+def _behind(copies: Sequence[HostCopy], count: int) -> list[HostCopy]:
+    """What comes after the first ``count`` images: a view of the batch that is cut, and the batches behind it."""
+    left = []
+    for copy in copies:
+        skipped = min(count, len(copy))
+        count -= skipped
+        if skipped < len(copy):
+            left.append(copy.behind(skipped))
+    return left
+
+
+def _joined(copies: list[HostCopy]) -> list[Tensor]:
+    """Images, labels and logits, each in one piece; ``copies`` is emptied, so that they are not held twice for long."""
+    if not copies:
+        return [torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0)]
+    # With NumPy, in this one thread: torch would start another team of threads beside the computation's.
+    columns = zip(*(copy.wait() for copy in copies), strict=True)
+    joined = [torch.from_numpy(np.concatenate([tensor.numpy() for tensor in column])) for column in columns]
+    copies.clear()
+    return joined
 
 
 def _is_leftover(name: str) -> bool:
