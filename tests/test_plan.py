@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdfkd_cli import plan
+from fastdfkd_cli.augment import draw_augmentation
 from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.plan import distillation_plan, model_size, synthesis_plan, timed_steps
 from tiny import CLASSES, SIZE, assert_same_state, config, net, state_of, teacher
@@ -19,6 +20,8 @@ KEYWORDS: dict[str, Any] = {"image_size": SIZE, "num_classes": CLASSES, "device"
 PARAMETERS = 4 * 3 * 9 + 8 * 4 * 9 + 2 * 4 + 2 * 8 + (8 * 4 + 4)
 #: Multiplications and additions: 4 channels at 8x8, 8 channels at 4x4, and the classifier.
 FLOPS = 2 * (4 * 3 * 9 * 64 + 8 * 4 * 9 * 16 + 8 * 4)
+#: An image's pixels and its label.
+IMAGE_BYTES = 3 * 8 * 8 + 8
 
 
 def test_parameters_and_flops_counted_by_hand() -> None:
@@ -61,7 +64,7 @@ def test_the_plan_of_distill() -> None:
     assert found["synthetic_images"] == 6 * 2 * 4 == settings.synthetic_images
     assert found["inner_steps"] == 6 * 2 * 2
     assert found["kd_steps"] == 5 * 3 == settings.kd_steps
-    assert found["pool_bytes"] == 48 * 3 * 8 * 8
+    assert found["pool_bytes"] == 48 * IMAGE_BYTES
     assert found["disk_bytes"] > 4 * PARAMETERS
     assert found["memory_bytes"] > found["pool_bytes"]
     seconds = found["seconds"]
@@ -73,7 +76,19 @@ def test_the_plan_of_distill() -> None:
 
 
 def test_a_bounded_pool_is_all_that_is_kept() -> None:
-    assert distils(config(pool_size=5))["pool_bytes"] == 5 * 3 * 64
+    assert distils(config(pool_size=5))["pool_bytes"] == 5 * IMAGE_BYTES
+    assert distils(config(pool_size=5), pool_images=30)["pool_bytes"] == 30 * IMAGE_BYTES  # given images are all held
+
+
+@pytest.mark.parametrize(("steps", "kept"), [(3, True), (2, False)])
+def test_soft_labels_count_where_they_are_kept(steps: int, kept: bool) -> None:
+    # 16 images in two variations; three rounds of steps draw 4 images each.
+    settings = config(
+        distillation__augmentation="crop-flip", distillation__label_views=2, schedule__kd_steps_per_round=steps
+    )
+    numbers = len(draw_augmentation("crop-flip", 1, SIZE, torch.Generator()))
+    each = IMAGE_BYTES + kept * 2 * (4 * numbers + 4 * CLASSES)
+    assert distils(settings)["pool_bytes"] == 16 * each
 
 
 def test_a_plan_for_given_images_has_no_synthesis() -> None:
@@ -82,7 +97,7 @@ def test_a_plan_for_given_images_has_no_synthesis() -> None:
     assert found["inner_steps"] == 0
     assert found["seconds"]["synthesis"] == 0
     assert found["kd_steps"] == 5 * 3  # as there is nothing to warm up, all rounds distil
-    assert found["pool_bytes"] == 30 * 3 * 64
+    assert found["pool_bytes"] == 30 * IMAGE_BYTES
 
 
 def test_a_time_budget_is_filled_with_the_same_mixture(monkeypatch: pytest.MonkeyPatch) -> None:

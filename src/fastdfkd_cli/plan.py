@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdfkd_cli.augment import augment
 from fastdfkd_cli.config import RunConfig
-from fastdfkd_cli.distillation import Student
+from fastdfkd_cli.distillation import Student, label_views
 from fastdfkd_cli.errors import FastDFKDError
 from fastdfkd_cli.methods import build_method
-from fastdfkd_cli.pool import to_float
+from fastdfkd_cli.pool import pool_bytes_per_image, to_float
 from fastdfkd_cli.runtime import synchronize
 
 #: Timed steps use at most so many pixels a batch; the time of a larger batch is scaled up.
@@ -168,7 +168,6 @@ def distillation_plan(
         synthesises=synthesises,
     )
     schedule = config.schedule
-    bytes_per_image = image_size[0] * image_size[1] * image_size[2]
     batches = schedule.synthesis_rounds * schedule.batches_per_round if synthesises else 0
     kd_steps = config.kd_steps if synthesises else schedule.rounds * schedule.kd_steps_per_round
     synthesis_seconds = batches * costs["synthesis_batch"]
@@ -181,7 +180,14 @@ def distillation_plan(
         kd_steps = int(kd_steps * share)
         if synthesises:
             images = int(images * share)
-    kept = min(images, config.pool_size) if config.pool_size else images
+    kept = min(images, config.pool_size) if config.pool_size and synthesises else images
+    pool_bytes = kept * pool_bytes_per_image(
+        image_size,
+        views=label_views(config.distillation, images=images, kd_steps=kd_steps),
+        num_classes=num_classes,
+        augmentation=config.distillation.augmentation,
+        amp=amp,
+    )
     student_bytes = sum(tensor.numel() * 4 for tensor in student.state_dict().values())
     return {
         "teacher": vars(model_size(teacher, image_size)),
@@ -189,8 +195,8 @@ def distillation_plan(
         "synthetic_images": images,
         "inner_steps": (images // config.synthesis.batch_size) * config.synthesis.steps if synthesises else 0,
         "kd_steps": kd_steps,
-        "memory_bytes": int(before + costs["memory"] + kept * bytes_per_image),
-        "pool_bytes": kept * bytes_per_image,
+        "memory_bytes": int(before + costs["memory"] + pool_bytes),
+        "pool_bytes": pool_bytes,
         "disk_bytes": student_bytes + 2**20,
         "seconds": {
             "synthesis_batch": round(costs["synthesis_batch"], 4),
