@@ -62,6 +62,9 @@ class Setup:
     #: Our side's ``--compile`` and ``--graphs``.
     compile: bool = False
     graphs: bool = False
+    #: Whether our side makes the plan of a run first, as the command does. Each part of it is tried for that, so no
+    #: part's own memory can be read after it.
+    planned: bool = True
 
 
 def teacher_of(setup: Setup) -> tuple[str | nn.Module, ModelOptions]:
@@ -195,15 +198,15 @@ class Ours:
     def _engine(self) -> Distillation:
         """A run, put together as :func:`fastdfkd_cli.api.distill` does it."""
         job, setup = self.job, self.setup
-        acceleration = accelerated(
-            job, plan_of(job, None), compiles=setup.compile, graphs=setup.graphs, say=self.messages.append
-        )
+        plan = plan_of(job, None) if setup.planned else None
+        acceleration = accelerated(job, plan, compiles=setup.compile, graphs=setup.graphs, say=self.messages.append)
         method = build_method(job.config, self.teacher, acceleration=acceleration, **job.keywords())
-        method.prepare(self.student)
-        return Distillation(
+        run = Distillation(
             job.config, self.teacher, self.student, synthesizer=method, image_size=job.size, device=self.device,
-            amp=job.machine.amp,
+            amp=job.machine.amp, acceleration=acceleration,
         )  # fmt: skip
+        run.prepare()
+        return run
 
     def describe(self) -> dict[str, Any]:
         """What was chosen, and what was said about it so far."""

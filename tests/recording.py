@@ -67,6 +67,8 @@ class _Tape(TorchDispatchMode):
         for argument in func._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write and argument.name in values:
                 written += [each for each in tree_flatten(values[argument.name])[0] if isinstance(each, Tensor)]
+        if name == "native_batch_norm":  # it writes its running statistics, and its schema does not say so
+            written += [each for each in args[3:5] if each is not None]
         for each in written:
             self.before.setdefault(each.untyped_storage().data_ptr(), (each, _whole(each).clone()))
         if name == "index" and any(t is not None and t.dtype == torch.bool for t in bound[1]):

@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdfkd_cli import acceleration, api, job
+from fastdfkd_cli import acceleration, api, distillation, job
 from fastdfkd_cli.acceleration import EAGER, WARM_UP, Acceleration, Captured, require_compiler, to_device
-from fastdfkd_cli.config import RunConfig
+from fastdfkd_cli.config import DistillationConfig, RunConfig
+from fastdfkd_cli.distillation import Distillation, Student, soft_labels
 from fastdfkd_cli.errors import UsageError
 from fastdfkd_cli.job import micro_batch_for
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.methods.base import SyntheticBatch
 from fastdfkd_cli.methods.fast_meta import FastMeta
 from fastdfkd_cli.models import ModelOptions
+from fastdfkd_cli.pool import to_float
 from recording import TapedRecording
 from tiny import CLASSES, SIZE, config, net, teacher
 
@@ -162,6 +164,74 @@ def test_a_state_taken_up_is_not_replayed_from_an_earlier_recording(tapes: list[
         assert torch.equal(plain.synthesize().images, replayed.synthesize().images)
 
 
+# KD steps
+
+
+def labels_of(model: nn.Module, images: Tensor) -> Tensor:
+    return soft_labels(model, to_float(images), amp=False)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("average", ["none", "ema"])
+def test_replayed_kd_steps_are_the_steps(tapes: list[TapedRecording], kept: bool, average: Any) -> None:
+    model, settings = teacher(), DistillationConfig(lr=0.1, average=average)
+    plain = Student(net(1), settings, CPU, False)
+    replayed = Student(net(1), settings, CPU, False, Acceleration(graphs=True))
+    for step in range(8):
+        images = torch.randint(0, 256, (6, *SIZE), dtype=torch.uint8)
+        asked = labels_of(model, images) if kept else model
+        figures = []
+        for student in (plain, replayed):
+            student.set_learning_rate(step / 8)
+            figures.append([value.item() for value in student.learn(asked, images, step)])
+        assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+    assert [tape.replays for tape in tapes if tape.replays] == [8 - WARM_UP]
+    for student in (plain, replayed):
+        student.finish()
+    for (name, one), other in zip(plain.net.state_dict().items(), replayed.net.state_dict().values(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6), name
+
+
+def test_a_batch_of_another_kind_is_recorded_anew(tapes: list[TapedRecording]) -> None:
+    model = teacher()
+    plain = Student(net(1), DistillationConfig(), CPU, False)
+    replayed = Student(net(1), DistillationConfig(), CPU, False, Acceleration(graphs=True))
+    for count, kept in [(6, False)] * 5 + [(4, False)] * 5 + [(4, True)] * 5:
+        images = torch.randint(0, 256, (count, *SIZE), dtype=torch.uint8)
+        asked = labels_of(model, images) if kept else model
+        one, other = (student.learn(asked, images, 0)[0].item() for student in (plain, replayed))
+        assert one == pytest.approx(other, rel=1e-5)
+    assert [tape.replays for tape in tapes if tape.replays] == [5 - WARM_UP] * 3
+
+
+@pytest.mark.parametrize("augmentation", ["none", "crop-flip"])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_timing_a_step_changes_nothing(
+    tapes: list[TapedRecording], monkeypatch: pytest.MonkeyPatch, augmentation: str, graphs: bool
+) -> None:
+    monkeypatch.setattr(distillation, "RECORD_EVERY", 0.0)
+    settings = config(
+        distillation__augmentation=augmentation, distillation__average="ema", schedule__kd_steps_per_round=8
+    )
+    found = []
+    for timed in (False, True):
+        model, pupil = teacher(), net(1, dropout=0.0 if graphs else 0.5)
+        made = method(settings, model=model)
+        run = Distillation(
+            settings, model, pupil, synthesizer=made, image_size=SIZE, device=CPU, amp=False,
+            acceleration=Acceleration(graphs=graphs),
+        )  # fmt: skip
+        torch.manual_seed(0)
+        for record in run:
+            if timed and record.phase == "distillation" and record.step in (2, 11):
+                assert run.time_kd_step() > 0
+        made.close()
+        found.append({name: tensor.clone() for name, tensor in pupil.state_dict().items()})
+    assert any(tape.replays for tape in tapes) == graphs
+    for name, tensor in found[0].items():
+        assert torch.allclose(tensor, found[1][name], rtol=1e-5, atol=1e-6), name
+
+
 # Micro-batches
 
 
@@ -301,6 +371,27 @@ def test_compiled_batches_are_the_batches_within_rounding() -> None:
         assert (one.images.int() - other.images.int()).abs().max() <= 2
         for name, value in one.losses.items():
             assert other.losses[name].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="compiling for a CPU needs a C++ compiler")
+def test_a_compiled_run_is_the_run_within_rounding() -> None:
+    found = []
+    for how in (EAGER, Acceleration(compile=True, say=(said := []).append)):
+        settings, model, pupil = config(), teacher(), net(1)
+        made = method(settings, model=model)
+        run = Distillation(
+            settings, model, pupil, synthesizer=made, image_size=SIZE, device=CPU, amp=False, acceleration=how
+        )
+        run.prepare()
+        list(run)
+        made.close()
+        found.append(pupil.state_dict())
+    assert [line.split(" compiled in")[0] for line in said] == [
+        "the student's pass in distillation",
+        "the teacher's pass in distillation",
+    ]
+    for name, tensor in found[0].items():
+        assert torch.allclose(tensor, found[1][name], rtol=1e-3, atol=1e-4), name
 
 
 def test_tensors_stay_where_they_are_on_one_device() -> None:

@@ -117,8 +117,8 @@ def distill(
         overwrite: replace a folder that an earlier run left there.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         amp: bf16 in the networks; None: where the device is made for it.
-        compile: compile the networks' passes in synthesis first (a minute or so); falls back, with a remark.
-        graphs: replay a synthesised batch as one CUDA graph; falls back, with a remark.
+        compile: compile the networks' passes first (a minute or so); falls back, with a remark.
+        graphs: replay a synthesised batch, and a KD step, as one CUDA graph; falls back, with a remark.
         eval_data, eval_dataset, eval_split: real images to judge the finished student on, once.
         on_record: called with every :class:`~fastdfkd_cli.records.Record`.
         on_message: called with one-line remarks.
@@ -226,7 +226,6 @@ def _distil(
     if given is None:
         job.config = bounded_pool(job, say)
         synthesizer = build_method(job.config, teacher, acceleration=acceleration, **job.keywords())
-        synthesizer.prepare(student)
     else:
         pool = ImagePool.holding(given.images, given.labels, device)
     run = Distillation(
@@ -238,8 +237,10 @@ def _distil(
         device=device,
         amp=job.machine.amp,
         pool=pool,
+        acceleration=acceleration,
     )
     try:
+        run.prepare()
         log.drain(run)
     finally:
         if synthesizer is not None:

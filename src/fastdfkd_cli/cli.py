@@ -166,12 +166,14 @@ Compile = Annotated[
     _option(
         "--compile",
         panel=_MACHINE,
-        help="Compile the networks' passes in synthesis first: for runs of more than some minutes.",
+        help="Compile the networks' passes first: for runs of more than some minutes.",
     ),
 ]
 Graphs = Annotated[
     bool,
-    _option("--graphs", panel=_MACHINE, help="Replay each synthesised batch as one CUDA graph. Experimental."),
+    _option(
+        "--graphs", panel=_MACHINE, help="Replay a synthesised batch, and a KD step, as one CUDA graph. Experimental."
+    ),
 ]
 Overwrite = Annotated[
     bool, _option("--overwrite", panel=_OUTPUT, help="Replace a folder that is not empty. Default: refuse it.")

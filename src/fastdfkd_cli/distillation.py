@@ -6,17 +6,19 @@ writes nothing.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from fastdfkd_cli import losses
+from fastdfkd_cli.acceleration import EAGER, WARM_UP, Acceleration, Captured
 from fastdfkd_cli.config import DistillationConfig, RunConfig
 from fastdfkd_cli.errors import FastDFKDError
 from fastdfkd_cli.methods import Synthesizer
@@ -98,13 +100,15 @@ def label_views(config: DistillationConfig, *, images: int, kd_steps: int) -> in
     return views if kd_steps * config.batch_size > views * images else 0
 
 
-def _sgd(parameters: Iterable[nn.Parameter], config: DistillationConfig, device: torch.device) -> torch.optim.SGD:
+def _sgd(
+    parameters: Iterable[nn.Parameter], config: DistillationConfig, device: torch.device, captured: bool
+) -> torch.optim.SGD:
     """SGD whose steps are all alike, the first too, and are one kernel where torch has one."""
     parameters = list(parameters)
     optimizer = torch.optim.SGD(
         parameters,
         # A captured step reads the rate from the device.
-        lr=torch.tensor(config.lr, device=device) if device.type == "cuda" else config.lr,
+        lr=torch.tensor(config.lr, device=device) if captured else config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
@@ -124,17 +128,54 @@ class Student:
         net: takes images in [0, 1] and returns logits; it is trained in place.
         config: the distillation section.
         amp: bf16 autocast in both networks.
+        acceleration: how its steps may be made faster.
     """
 
-    def __init__(self, net: nn.Module, config: DistillationConfig, device: torch.device, amp: bool) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        config: DistillationConfig,
+        device: torch.device,
+        amp: bool,
+        acceleration: Acceleration = EAGER,
+    ) -> None:
         self.net = net
         self.config = config
         self.device = device
         self.amp = amp
-        self.optimizer = _sgd(net.parameters(), config, device)
+        self.acceleration = acceleration
+        self.optimizer = _sgd(net.parameters(), config, device, captured=acceleration.graphs)
         self.average = None
         if config.average == "ema":
             self.average = ModelEmaV3(net, decay=config.average_decay, use_warmup=True)
+        self._answer: Callable[[Tensor], Tensor] = self._forward
+        self._ask: Callable[[nn.Module, Tensor], Tensor] = partial(soft_labels, amp=amp)
+        self._captured: _CapturedStep | None = None
+
+    def prepare(self, teacher: nn.Module | None, image_size: tuple[int, int, int]) -> None:
+        """Compile the networks' passes for KD steps, where that is wanted, before the first is timed.
+
+        Args:
+            teacher: the one to be asked in each step; None where its answers are kept.
+            image_size: C, H, W.
+        """
+        if not self.acceleration.compile:
+            return
+        probe = torch.full((self.config.batch_size, *image_size), 128, dtype=torch.uint8, device=self.device)
+        images = to_float(probe)
+        self.net.train()
+        self._answer = self.acceleration.compiled(
+            self._forward, "the student's pass in distillation", images, modules=[self.net]
+        )
+        if teacher is not None:
+            ask = self.acceleration.compiled(
+                partial(soft_labels, teacher, amp=self.amp), "the teacher's pass in distillation", images
+            )
+            self._ask = lambda asked, images: ask(images) if asked is teacher else soft_labels(asked, images, self.amp)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            return self.net(images)
 
     def set_learning_rate(self, done: float) -> float:
         """Linear warm-up, then a cosine from ``lr`` to ``lr_min``; ``done`` is the share of steps taken, 0 to 1."""
@@ -160,7 +201,12 @@ class Student:
             step: steps taken before this one.
         """
         self.net.train()
-        loss, agreement = self.descend(teacher, images)
+        if self.acceleration.graphs:
+            if self._captured is None or not self._captured.fits(teacher, images):
+                self._captured = _CapturedStep(self, teacher, images)
+            loss, agreement = self._captured(teacher, images)
+        else:
+            loss, agreement = self.descend(teacher, images)
         if self.average is not None:
             self.average.update(self.net, step=step)
         return loss, agreement
@@ -169,15 +215,36 @@ class Student:
         """What :meth:`learn` computes of Eq. 12: a function of tensors, which never asks the device for a number."""
         if images.dtype == torch.uint8:
             images = to_float(images)
-        teacher_logits = teacher if isinstance(teacher, Tensor) else soft_labels(teacher, images, self.amp)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            student_logits = self.net(images)
+        teacher_logits = teacher if isinstance(teacher, Tensor) else self._ask(teacher, images)
+        student_logits = self._answer(images)
         loss = losses.distillation(teacher_logits, student_logits, self.config.temperature)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         agreement = (teacher_logits.argmax(1) == student_logits.argmax(1)).float().mean()
         return loss.detach(), agreement
+
+    @contextmanager
+    def tried(self) -> Iterator[None]:
+        """Steps that are taken back: weights, statistics, momentum and average become again, in place, what they were.
+
+        In place, because a recording goes on with these very tensors.
+        """
+        tensors = [*self.net.parameters(), *self.net.buffers()]
+        tensors += [value for state in self.optimizer.state.values() for value in state.values()]
+        if self.average is not None:
+            tensors += [*self.average.module.parameters(), *self.average.module.buffers()]
+        before = [tensor.detach().clone() for tensor in tensors]
+        modes = [(module, module.training) for module in self.net.modules()]
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            yield
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        self.optimizer.zero_grad(set_to_none=True)
+        for module, mode in modes:
+            module.training = mode
 
     def finish(self) -> None:
         """Put the averaged weights and statistics, where an average is kept, into the student itself."""
@@ -189,6 +256,36 @@ class Student:
                 raise FastDFKDError(
                     f"The student's {name} is not finite after training; nothing was exported. Lower distillation.lr."
                 )
+
+
+class _CapturedStep:
+    """:meth:`Student.descend` as a function of tensors that stay where they are, into which each batch is copied."""
+
+    def __init__(self, student: Student, teacher: nn.Module | Tensor, images: Tensor) -> None:
+        self._images = torch.empty_like(images)
+        self._teacher = torch.empty_like(teacher) if isinstance(teacher, Tensor) else teacher
+        self._run: Captured[tuple[Tensor, Tensor]] = student.acceleration.captured(
+            lambda: student.descend(self._teacher, self._images), "a KD step"
+        )
+
+    def fits(self, teacher: nn.Module | Tensor, images: Tensor) -> bool:
+        """Whether this is what such a batch needs."""
+        return _alike(self._images, images) and (
+            _alike(self._teacher, teacher)
+            if isinstance(teacher, Tensor) and isinstance(self._teacher, Tensor)
+            else self._teacher is teacher
+        )
+
+    def __call__(self, teacher: nn.Module | Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the agreement; the next call writes over them."""
+        self._images.copy_(images)
+        if isinstance(teacher, Tensor) and isinstance(self._teacher, Tensor):
+            self._teacher.copy_(teacher)
+        return self._run()
+
+
+def _alike(kept: Tensor, given: Tensor) -> bool:
+    return kept.shape == given.shape and kept.dtype == given.dtype
 
 
 class Distillation:
@@ -206,6 +303,7 @@ class Distillation:
         synthesizer: makes the images; None to distil on ``pool`` as it stands.
         image_size: C, H, W of the images.
         pool: images made earlier, for a run without synthesis.
+        acceleration: how KD steps may be made faster; synthesis has its own from its method.
 
     Raises:
         FastDFKDError: a loss or a weight stopped being finite.
@@ -222,6 +320,7 @@ class Distillation:
         device: torch.device,
         amp: bool,
         pool: ImagePool | None = None,
+        acceleration: Acceleration = EAGER,
     ) -> None:
         if synthesizer is None and (pool is None or not len(pool)):
             raise ValueError("a run needs a synthesizer or a pool with images")
@@ -230,7 +329,7 @@ class Distillation:
         self.synthesizer = synthesizer
         self.device = device
         self.amp = amp
-        self.student = Student(student, config.distillation, device, amp)
+        self.student = Student(student, config.distillation, device, amp, acceleration)
         self.pool = pool if pool is not None else self._new_pool(image_size)
         self.rng = torch.Generator().manual_seed(config.seed + 1)
         self.costs = Costs()
@@ -252,6 +351,12 @@ class Distillation:
         self._last_record = 0.0
         self._batch_losses: dict[str, Tensor] = {}
         self._step_figures: dict[str, Tensor | float] = {}
+
+    def prepare(self) -> None:
+        """Compile what the run will compute, where that is wanted; no result depends on it."""
+        if self.synthesizer is not None:
+            self.synthesizer.prepare(self.student.net)
+        self.student.prepare(None if self.label_views else self.teacher, self.pool.image_size)
 
     def _new_pool(self, image_size: tuple[int, int, int]) -> ImagePool:
         timed = self.config.schedule.time_budget is not None
@@ -407,17 +512,17 @@ class Distillation:
         clock.final_seconds = final * clock.rounds * clock.kd_steps_per_round * step_seconds
 
     def time_kd_step(self) -> float:
-        """Seconds of one KD step, measured on a copy of the student that is thrown away."""
+        """Seconds of one KD step, measured on steps that are taken back."""
         config = self.config.distillation
-        copied = Student(copy.deepcopy(self.student.net), config, self.device, self.amp)
         rng = torch.Generator().manual_seed(0)
         seconds = math.inf
-        for _ in range(3):
-            began = time.perf_counter()
-            images, logits = self.pool.sample(config.batch_size, rng, config.augmentation)
-            copied.learn(self.teacher if logits is None else logits, images, 0)
-            synchronize(self.device)
-            seconds = min(seconds, time.perf_counter() - began)
+        with self.student.tried():
+            for _ in range(3 + (WARM_UP + 1 if self.student.acceleration.graphs else 0)):
+                began = time.perf_counter()
+                images, logits = self.pool.sample(config.batch_size, rng, config.augmentation)
+                self.student.learn(self.teacher if logits is None else logits, images, 0)
+                synchronize(self.device)
+                seconds = min(seconds, time.perf_counter() - began)
         return seconds
 
     # -- records ------------------------------------------------------------------------------------------------
