@@ -101,7 +101,7 @@ def test_a_plan_for_given_images_has_no_synthesis() -> None:
 
 
 def test_a_time_budget_is_filled_with_the_same_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = {"synthesis_batch": 0.5, "kd_step": 0.1, "memory": 0.0}
+    costs = {"synthesis_batch": 0.5, "kd_step": 0.1, "labels": 0.0, "memory": 0.0}
     monkeypatch.setattr(plan, "timed_steps", lambda *_, **__: costs)
     # 4 batches and 9 steps take 2.9 seconds; ten times that is 40 batches and 90 steps.
     found = distils(config(schedule__time_budget=29))
@@ -109,6 +109,45 @@ def test_a_time_budget_is_filled_with_the_same_mixture(monkeypatch: pytest.Monke
     assert found["kd_steps"] == pytest.approx(90, abs=1)
     assert found["seconds"]["total"] == 29
     assert found["seconds"]["synthesis"] == 20
+
+
+def test_what_the_teacher_labels_once_is_not_asked_in_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(views: int) -> list[int]:
+        model, seen = teacher(), []
+        model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        settings = config(distillation__augmentation="crop-flip", distillation__batch_size=3)
+        found = timed_steps(settings, model, net(1), **KEYWORDS, synthesises=False, views=views)
+        assert (found["labels"] > 0) == (views > 0)
+        assert found["kd_step"] > 0
+        return seen
+
+    assert asked(0) == [3, 3]  # two steps
+    assert asked(2) == [3, 3, 3, 3]  # three images in two variations, twice
+    monkeypatch.setattr(plan.time, "perf_counter", iter(range(100)).__next__)
+    found = timed_steps(config(), teacher(), net(1), **KEYWORDS, synthesises=False, views=1)
+    assert (found["kd_step"], found["labels"]) == (1, 1 / 4)
+
+
+def test_labels_made_once_are_part_of_the_distillation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def costs(*_: Any, views: int, **__: Any) -> dict[str, float]:
+        # A step of 0.3 seconds, two thirds of which are the teacher's.
+        return {"synthesis_batch": 0.5, "kd_step": 0.1 if views else 0.3, "labels": 0.05 * views, "memory": 0.0}
+
+    monkeypatch.setattr(plan, "timed_steps", costs)
+    exact: dict[str, Any] = {"distillation__augmentation": "none", "schedule__kd_steps_per_round": 10}
+    found = distils(config(**exact))
+    assert found["seconds"]["distillation"] == pytest.approx(30 * 0.1 + 16 * 0.05)
+    # Twice as long, twice as much of each.
+    found = distils(config(**exact, schedule__time_budget=2 * (4 * 0.5 + 3 + 0.8)))
+    assert (found["synthetic_images"], found["kd_steps"]) == (32, 60)
+    # Given images are all labelled, however short the budget: 50 of them in 2.5 seconds, and what is left for steps.
+    found = distils(config(**exact, schedule__time_budget=10), pool_images=50)
+    assert found["kd_steps"] == pytest.approx(75, abs=1)
+    assert found["seconds"]["total"] == 10
+    # In 3 seconds, 10 steps of 4 images would be drawn: fewer than there are to label.
+    found = distils(config(**exact, schedule__time_budget=3), pool_images=50)
+    assert found["kd_steps"] == pytest.approx(10, abs=1)
+    assert found["pool_bytes"] == 50 * IMAGE_BYTES
 
 
 def test_seconds_and_memory_are_scaled_from_the_timed_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +181,7 @@ def test_a_plan_leaves_both_models_as_they_are(broken: bool, monkeypatch: pytest
     model, student = teacher(), net(1)
     before = state_of(model), state_of(student)
     if broken:
-        monkeypatch.setattr(plan, "to_float", lambda _: torch.zeros(1, 99, 2, 2))
+        monkeypatch.setattr(plan.ImagePool, "sample", lambda *_: (torch.zeros(1, 99, 2, 2), None))
         with pytest.raises(RuntimeError):
             distillation_plan(config(), model, student, **KEYWORDS)
     else:

@@ -11,18 +11,18 @@ import resource
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdfkd_cli.augment import augment
 from fastdfkd_cli.config import RunConfig
-from fastdfkd_cli.distillation import Student, label_views
+from fastdfkd_cli.distillation import Student, label_views, soft_labels
 from fastdfkd_cli.errors import FastDFKDError
 from fastdfkd_cli.methods import build_method
-from fastdfkd_cli.pool import pool_bytes_per_image, to_float
+from fastdfkd_cli.pool import ImagePool, pool_bytes_per_image
 from fastdfkd_cli.runtime import synchronize
 
 #: Timed steps use at most so many pixels a batch; the time of a larger batch is scaled up.
@@ -75,6 +75,7 @@ def timed_steps(
     amp: bool,
     synthesises: bool = True,
     trains: bool = True,
+    views: int = 0,
 ) -> dict[str, float]:
     """Time one synthesised batch and one KD step of ``config``.
 
@@ -82,10 +83,11 @@ def timed_steps(
         teacher, student: images in [0, 1] -> logits; the student is copied, the teacher's hooks are taken off again.
         synthesises: whether the run makes its images; grey stands in for images that are given.
         trains: whether the student is trained, or only takes part in the adversarial term.
+        views: variations of each image that the teacher labels once; 0: it is asked in each KD step.
 
     Returns:
-        ``synthesis_batch`` and ``kd_step`` in seconds (0 without a student), ``memory`` in bytes: the growth while
-        they ran, scaled to the run's batch.
+        ``synthesis_batch`` and ``kd_step`` in seconds (0 without a student), ``labels`` in seconds an image (0 without
+        ``views``), ``memory`` in bytes: the growth while they ran, scaled to the run's batch.
 
     Raises:
         FastDFKDError: there is not enough memory for the smallest timed batch.
@@ -119,15 +121,23 @@ def timed_steps(
         finally:
             method.close()
         synthesis_seconds *= synthesis.steps / steps * synthesis.batch_size / batch
-    kd_seconds = 0.0
+    kd_seconds = label_seconds = 0.0
     if learner is not None and trains:
         trained = Student(learner, distillation, device, amp)
         rng = torch.Generator().manual_seed(0)
-        for _ in range(2):
+        for _ in range(2):  # the first warms up
+            pool = ImagePool.holding(images, torch.zeros(len(images), dtype=torch.int64), device)
+            if views:
+                began = time.perf_counter()
+                pool.label(
+                    lambda seen: soft_labels(teacher, seen, amp),
+                    views, distillation.augmentation, rng, batch_size=kd_batch,
+                )  # fmt: skip
+                synchronize(device)
+                label_seconds = (time.perf_counter() - began) / len(images)
             began = time.perf_counter()
-            index = torch.randint(len(images), (kd_batch,), generator=rng)
-            batch_images = to_float(augment(images[index.to(device)], rng, distillation.augmentation))
-            trained.learn(teacher, batch_images, 0)
+            drawn, logits = pool.sample(kd_batch, rng, distillation.augmentation)
+            trained.learn(teacher if logits is None else logits, drawn, 0)
             synchronize(device)
             kd_seconds = (time.perf_counter() - began) * distillation.batch_size / kd_batch
     grown = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_memory(device)
@@ -135,6 +145,7 @@ def timed_steps(
     return {
         "synthesis_batch": synthesis_seconds,
         "kd_step": kd_seconds,
+        "labels": label_seconds,
         "memory": max(grown - before, 0) * scale,
     }
 
@@ -157,7 +168,8 @@ def distillation_plan(
     """
     before = _resident_memory(device)
     synthesises = pool_images is None
-    costs = timed_steps(
+    timed = partial(
+        timed_steps,
         config,
         teacher,
         student,
@@ -170,20 +182,34 @@ def distillation_plan(
     schedule = config.schedule
     batches = schedule.synthesis_rounds * schedule.batches_per_round if synthesises else 0
     kd_steps = config.kd_steps if synthesises else schedule.rounds * schedule.kd_steps_per_round
-    synthesis_seconds = batches * costs["synthesis_batch"]
-    kd_seconds = kd_steps * costs["kd_step"]
     images = pool_images if pool_images is not None else config.synthetic_images
+    views = label_views(config.distillation, images=images, kd_steps=kd_steps)
+    if views and not synthesises and schedule.time_budget is not None:
+        # As the run itself does: the budget decides how often an image is drawn, and so whether labels pay.
+        costs = timed(views=0)
+        steps = int(schedule.time_budget / costs["kd_step"])
+        views = label_views(config.distillation, images=images, kd_steps=steps)
+        if views:
+            costs = {**timed(views=views), "memory": costs["memory"]}
+    else:
+        costs = timed(views=views)
+    synthesis_seconds = batches * costs["synthesis_batch"]
+    kd_seconds, label_seconds = kd_steps * costs["kd_step"], images * costs["labels"]
     if schedule.time_budget is not None:
-        # The clock decides how much of this is done: the same mixture, for as long as it lasts.
-        share = schedule.time_budget / max(synthesis_seconds + kd_seconds, 1e-9)
+        # The clock decides how much of this is done: the same mixture, for as long as it lasts. Given images are all
+        # labelled first.
+        first = 0.0 if synthesises else label_seconds
+        whole = synthesis_seconds + kd_seconds + label_seconds - first
+        share = max(schedule.time_budget - first, 0.0) / max(whole, 1e-9)
         synthesis_seconds, kd_seconds = synthesis_seconds * share, kd_seconds * share
         kd_steps = int(kd_steps * share)
         if synthesises:
-            images = int(images * share)
+            images, label_seconds = int(images * share), label_seconds * share
+    kd_seconds += label_seconds
     kept = min(images, config.pool_size) if config.pool_size and synthesises else images
     pool_bytes = kept * pool_bytes_per_image(
         image_size,
-        views=label_views(config.distillation, images=images, kd_steps=kd_steps),
+        views=views,
         num_classes=num_classes,
         augmentation=config.distillation.augmentation,
         amp=amp,
