@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 from fastdfkd_cli import acceleration, api, distillation, job
 from fastdfkd_cli.acceleration import EAGER, WARM_UP, Acceleration, Captured, require_compiler, to_device
+from fastdfkd_cli.bn_stats import batch_norm_layers
 from fastdfkd_cli.config import DistillationConfig, RunConfig
 from fastdfkd_cli.distillation import Distillation, Student, soft_labels
 from fastdfkd_cli.errors import UsageError
@@ -294,6 +297,80 @@ def test_a_run_in_too_little_memory_is_split_and_says_so(monkeypatch: pytest.Mon
     parts = api.distill(teacher(), net(1), config=config(), on_message=said.append, **keywords)
     assert any("teacher and student see 2 images at a time in synthesis" in line for line in said)
     assert parts.report["images"] == whole.report["images"]
+
+
+def test_a_set_is_gone_on_with_in_the_parts_it_was_begun_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def make(name: str, images: int, size: int, resume: bool = False) -> dict[str, Any]:
+        monkeypatch.setattr(job, "micro_batch_for", lambda *_: size)
+        return api.synthesize(
+            teacher(), teacher_options=ModelOptions(input_size=SIZE, num_classes=CLASSES), config=config(),
+            num_images=images, shard_size=8, output=tmp_path / name, resume=resume, device="cpu", amp=False,
+            on_message=lambda _: None,
+        ).manifest  # fmt: skip
+
+    make("parts", 8, 2)
+    parts, whole = make("parts", 24, 0, resume=True), make("whole", 24, 2)
+    assert parts["header"]["micro_batch"] == 2
+    assert parts["shards"] == whole["shards"]
+    assert "micro_batch" not in make("unsplit", 8, 0)["header"]
+
+
+# Checkpoints in a student
+
+
+class Kept:
+    """Bytes that autograd keeps for a backward pass."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        self.bytes += tensor.nbytes
+        return tensor
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_student_in_parts_learns_the_same_and_keeps_less(momentum: float | None) -> None:
+    results, kept = [], []
+    for how in (EAGER, Acceleration(checkpoint=True)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            learner = timm.create_model("resnet10t", num_classes=CLASSES, drop_rate=0.3)
+            for layer in batch_norm_layers(learner).values():
+                layer.momentum = momentum  # type: ignore[assignment]
+            student, model = Student(learner, DistillationConfig(lr=0.01), CPU, False, how), teacher()
+            found = Kept()
+            with torch.autograd.graph.saved_tensors_hooks(found, lambda tensor: tensor):
+                for step in range(2):
+                    student.learn(model, torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), step)
+        results.append(learner.state_dict())
+        kept.append(found.bytes)
+        assert {layer.momentum for layer in batch_norm_layers(learner).values()} == {momentum}
+        assert not any(getattr(module, "grad_checkpointing", False) for module in learner.modules())
+    assert all(torch.equal(results[0][name], tensor) for name, tensor in results[1].items())
+    assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("resnet10t", "the student keeps few activations"), ("cifar/wrn10_1", "cifar/wrn10_1 cannot be cut into parts")],
+)
+def test_a_kd_step_in_too_little_memory_is_cut_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    plan_of = api.plan_of
+    monkeypatch.setattr(api, "plan_of", lambda *given: {**plan_of(*given), "distillation_memory_bytes": 2**50})
+    seen: list[Acceleration] = []
+    learn = Student.learn
+    monkeypatch.setattr(Student, "learn", lambda self, *given: (seen.append(self.acceleration), learn(self, *given))[1])
+    lines: list[str] = []
+    api.distill(
+        teacher(), name, teacher_options=ModelOptions(input_size=SIZE, num_classes=CLASSES), config=config(),
+        device="cpu", amp=False, on_message=lines.append,
+    )  # fmt: skip
+    assert any(said in line for line in lines), lines
+    assert seen[-1].checkpoint == (name == "resnet10t")
+    assert seen[-1].micro_batch == 0
 
 
 def test_graphs_want_a_cuda_device() -> None:

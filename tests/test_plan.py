@@ -101,7 +101,7 @@ def test_a_plan_for_given_images_has_no_synthesis() -> None:
 
 
 def test_a_time_budget_is_filled_with_the_same_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = {"synthesis_batch": 0.5, "kd_step": 0.1, "labels": 0.0, "memory": 0.0}
+    costs = {"synthesis_batch": 0.5, "kd_step": 0.1, "labels": 0.0, "synthesis_memory": 0.0, "kd_memory": 0.0}
     monkeypatch.setattr(plan, "timed_steps", lambda *_, **__: costs)
     # 4 batches and 9 steps take 2.9 seconds; ten times that is 40 batches and 90 steps.
     found = distils(config(schedule__time_budget=29))
@@ -131,7 +131,13 @@ def test_what_the_teacher_labels_once_is_not_asked_in_each_step(monkeypatch: pyt
 def test_labels_made_once_are_part_of_the_distillation(monkeypatch: pytest.MonkeyPatch) -> None:
     def costs(*_: Any, views: int, **__: Any) -> dict[str, float]:
         # A step of 0.3 seconds, two thirds of which are the teacher's.
-        return {"synthesis_batch": 0.5, "kd_step": 0.1 if views else 0.3, "labels": 0.05 * views, "memory": 0.0}
+        return {
+            "synthesis_batch": 0.5,
+            "kd_step": 0.1 if views else 0.3,
+            "labels": 0.05 * views,
+            "synthesis_memory": 0.0,
+            "kd_memory": 0.0,
+        }
 
     monkeypatch.setattr(plan, "timed_steps", costs)
     exact: dict[str, Any] = {"distillation__augmentation": "none", "schedule__kd_steps_per_round": 10}

@@ -39,6 +39,8 @@ class Acceleration:
     compile: bool = False
     #: Most images that a teacher holds activations of at a time (0: the whole batch).
     micro_batch: int = 0
+    #: Keep few of the student's activations in a KD step, and compute the others again for its gradient.
+    checkpoint: bool = False
     say: Callable[[str], None] = _ignore
 
     def compiled(
@@ -183,6 +185,44 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def can_checkpoint(model: nn.Module) -> bool:
+    """Whether a model knows where to cut itself into parts, as most of timm's do."""
+    return any(hasattr(module, "set_grad_checkpointing") for module in model.modules())
+
+
+@contextmanager
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Have the passes of ``model`` in this block keep what lies between its parts, and compute the rest once more.
+
+    The backward pass belongs into the block too, but see :func:`statistics_held`.
+    """
+    cut = [module for module in model.modules() if hasattr(module, "set_grad_checkpointing")]
+    for module in cut:
+        module.set_grad_checkpointing(True)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        for module in cut:
+            module.set_grad_checkpointing(False)  # type: ignore[operator]
+
+
+@contextmanager
+def statistics_held(model: nn.Module) -> Iterator[None]:
+    """Normalise by each batch, as in training, without taking it into the running statistics: what is computed once
+    more for a gradient was counted the first time."""
+    counting = [module for module in model.modules() if getattr(module, "track_running_stats", False) is True]
+    momenta = [module.momentum for module in counting]
+    counts = [module.get_buffer("num_batches_tracked").clone() for module in counting]
+    for module in counting:
+        module.momentum = 0.0  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, momentum, count in zip(counting, momenta, counts, strict=True):
+            module.momentum = momentum
+            module.get_buffer("num_batches_tracked").copy_(count)
+
+
 def require_compiler() -> None:
     """torch.compile writes C++ for a CPU.
 
@@ -225,4 +265,16 @@ def first_line(error: BaseException) -> str:
     return lines[0][:160] if lines else type(error).__name__
 
 
-__all__ = ["EAGER", "WARM_UP", "Acceleration", "Captured", "Recording", "first_line", "require_compiler", "to_device"]
+__all__ = [
+    "EAGER",
+    "WARM_UP",
+    "Acceleration",
+    "Captured",
+    "Recording",
+    "can_checkpoint",
+    "checkpointed",
+    "first_line",
+    "require_compiler",
+    "statistics_held",
+    "to_device",
+]

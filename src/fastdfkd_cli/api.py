@@ -30,18 +30,20 @@ from fastdfkd_cli.job import (
     Model,
     OnMessage,
     accelerated,
+    begun_with,
     bounded_pool,
     copied,
     cost_line,
     plan_of,
     prepare,
     silent,
+    synthesis_plan_of,
     with_names,
 )
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.models import ModelOptions, check_forward, load_teacher
 from fastdfkd_cli.output import StagedDirectory, write_json
-from fastdfkd_cli.plan import model_size, synthesis_plan
+from fastdfkd_cli.plan import model_size
 from fastdfkd_cli.pool import ImagePool
 from fastdfkd_cli.quality import Quality, QualitySignal
 from fastdfkd_cli.records import Record
@@ -52,7 +54,7 @@ from fastdfkd_cli.runtime import (
     resolve_device,
     versions,
 )
-from fastdfkd_cli.synthesis import Synthesis, burn_in_batches, header
+from fastdfkd_cli.synthesis import Synthesis, header
 
 OnRecord = Callable[[Record], None]
 #: Images in samples.png, and on which the export is compared with the student that was trained.
@@ -154,7 +156,7 @@ def distill(
         plan = plan_of(job, given) if on_message is not None else None
         if plan is not None:
             say(cost_line(plan, job.config))
-        acceleration = accelerated(job, plan if given is None else None, compiles=compile, graphs=graphs, say=say)
+        acceleration = accelerated(job, plan, compiles=compile, graphs=graphs, say=say)
         # Dropout and the like draw from the global state: it follows from the seed while the run lasts.
         cuda = [job.machine.device] if job.machine.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
@@ -401,19 +403,25 @@ def synthesize(
     )
     net = job.machine.place(job.teacher)
     opponent = job.machine.place(job.student) if job.student is not None else None
-    acceleration = accelerated(job, None, compiles=compile, graphs=graphs, say=say)
+    begun = begun_with(output) if resume else None
+    # A set that was begun is gone on with as it was, whatever memory is free now.
+    plan = synthesis_plan_of(job, net, opponent, num_images) if begun is None and on_message is not None else None
+    acceleration = accelerated(job, plan, compiles=compile, graphs=graphs, say=say, micro_batch=begun or 0)
     method = build_method(job.config, net, acceleration=acceleration, **job.keywords())
     settings: dict[str, Any] = {
         "class_names": job.teacher.class_names,
         "num_classes": job.teacher.num_classes,
         "input_size": job.size,
         "shard_size": shard_size,
-        "header": header(
-            job.config,
-            job.teacher.describe(),
-            job.student.describe() if job.student is not None else None,
-            job.machine.amp,
-        ),
+        "header": {
+            **header(
+                job.config,
+                job.teacher.describe(),
+                job.student.describe() if job.student is not None else None,
+                job.machine.amp,
+            ),
+            **({"micro_batch": acceleration.micro_batch} if acceleration.micro_batch else {}),
+        },
     }
     with ExitStack() as stack:
         stack.callback(method.close)
@@ -567,14 +575,8 @@ def plan_synthesize(
         say,
         trains=False,
     )
-    plan = synthesis_plan(
-        job.config,
-        job.machine.place(job.teacher),
-        job.machine.place(job.student) if job.student is not None else None,
-        num_images=num_images,
-        burn_in=burn_in_batches(job.config),
-        **job.keywords(),
-    )
+    opponent = job.machine.place(job.student) if job.student is not None else None
+    plan = synthesis_plan_of(job, job.machine.place(job.teacher), opponent, num_images)
     plan["shards"] = -(-num_images // shard_size)
     return with_names(plan, job, output)
 

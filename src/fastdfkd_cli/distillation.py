@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,7 +18,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from fastdfkd_cli import losses
-from fastdfkd_cli.acceleration import EAGER, WARM_UP, Acceleration, Captured
+from fastdfkd_cli.acceleration import EAGER, WARM_UP, Acceleration, Captured, checkpointed, statistics_held
 from fastdfkd_cli.config import DistillationConfig, RunConfig
 from fastdfkd_cli.errors import FastDFKDError
 from fastdfkd_cli.methods import Synthesizer
@@ -201,7 +201,7 @@ class Student:
             step: steps taken before this one.
         """
         self.net.train()
-        if self.acceleration.graphs:
+        if self.acceleration.graphs and not self.acceleration.checkpoint:
             if self._captured is None or not self._captured.fits(teacher, images):
                 self._captured = _CapturedStep(self, teacher, images)
             loss, agreement = self._captured(teacher, images)
@@ -216,10 +216,12 @@ class Student:
         if images.dtype == torch.uint8:
             images = to_float(images)
         teacher_logits = teacher if isinstance(teacher, Tensor) else self._ask(teacher, images)
-        student_logits = self._answer(images)
-        loss = losses.distillation(teacher_logits, student_logits, self.config.temperature)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with checkpointed(self.net) if self.acceleration.checkpoint else nullcontext():
+            student_logits = self._answer(images)
+            loss = losses.distillation(teacher_logits, student_logits, self.config.temperature)
+            with statistics_held(self.net) if self.acceleration.checkpoint else nullcontext():
+                loss.backward()
         self.optimizer.step()
         agreement = (teacher_logits.argmax(1) == student_logits.argmax(1)).float().mean()
         return loss.detach(), agreement

@@ -15,18 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdfkd_cli.acceleration import Acceleration
+from fastdfkd_cli.acceleration import Acceleration, can_checkpoint
 from fastdfkd_cli.bn_stats import batch_norm_layers
 from fastdfkd_cli.config import RunConfig, from_dict, to_dict
-from fastdfkd_cli.dataset import SyntheticSet
+from fastdfkd_cli.dataset import SyntheticSet, load_manifest
+from fastdfkd_cli.dataset.layout import is_dataset
 from fastdfkd_cli.distillation import DEFAULT_POOL_IMAGES, label_views
 from fastdfkd_cli.errors import UsageError
 from fastdfkd_cli.models import LoadedModel, ModelOptions, check_forward, load_student, load_teacher
 from fastdfkd_cli.models.files import unwrapped
-from fastdfkd_cli.plan import distillation_plan
+from fastdfkd_cli.plan import distillation_plan, synthesis_plan
 from fastdfkd_cli.pool import pool_bytes_per_image
 from fastdfkd_cli.recipes import get_recipe
 from fastdfkd_cli.runtime import available_memory, default_amp, describe_device, resolve_device
+from fastdfkd_cli.synthesis import burn_in_batches
 
 Model = str | nn.Module
 OnMessage = Callable[[str], None]
@@ -230,30 +232,65 @@ def plan_of(job: Job, given: SyntheticSet | None) -> dict[str, Any]:
     )
 
 
+def synthesis_plan_of(job: Job, teacher: nn.Module, opponent: nn.Module | None, num_images: int) -> dict[str, Any]:
+    return synthesis_plan(
+        job.config, teacher, opponent, num_images=num_images, burn_in=burn_in_batches(job.config), **job.keywords()
+    )
+
+
+def begun_with(output: str | Path) -> int | None:
+    """The micro-batch that the set in ``output`` was begun with, so that the rest is the same bit for bit.
+
+    None where there is no set yet.
+    """
+    if not is_dataset(Path(output)):
+        return None
+    header = load_manifest(output).get("header")
+    size = header.get("micro_batch", 0) if isinstance(header, dict) else 0
+    return size if type(size) is int else 0  # anything else is refused as another setting
+
+
 def accelerated(
-    job: Job, plan: Mapping[str, Any] | None, *, compiles: bool, graphs: bool, say: OnMessage
+    job: Job,
+    plan: Mapping[str, Any] | None,
+    *,
+    compiles: bool,
+    graphs: bool,
+    say: OnMessage,
+    micro_batch: int = 0,
 ) -> Acceleration:
     """What this run may use to go faster, and how many images at a time fit the memory.
 
     Args:
         plan: what the run needs, where it is known.
+        micro_batch: what to take without a plan.
 
     Raises:
         UsageError: graphs without a CUDA device.
     """
     if graphs and job.machine.device.type != "cuda":
         raise UsageError("--graphs needs a CUDA device: elsewhere there is nothing to record. Leave it out.")
-    micro_batch = 0
+    checkpoint = False
     if plan is not None:
-        micro_batch = micro_batch_for(
-            plan["memory_bytes"], available_memory(job.machine.device), job.config.synthesis.batch_size
-        )
+        available = available_memory(job.machine.device)
+        needed = plan.get("synthesis_memory_bytes", plan["memory_bytes"])
+        micro_batch = micro_batch_for(needed, available, job.config.synthesis.batch_size)
         if micro_batch:
             say(
-                f"a whole batch would need {plan['memory_bytes'] / 2**30:.1f} GiB: teacher and student see "
-                f"{micro_batch} images at a time in synthesis, at the cost of one more pass of the teacher"
+                f"a whole batch would need {needed / 2**30:.1f} GiB: teacher and student see {micro_batch} images at "
+                "a time in synthesis, at the cost of one more pass of the teacher"
             )
-    return Acceleration(graphs=graphs, compile=compiles, micro_batch=micro_batch, say=say)
+        needed = plan.get("distillation_memory_bytes", 0)
+        if job.student is not None and micro_batch_for(needed, available, job.config.distillation.batch_size):
+            checkpoint = can_checkpoint(job.student.module)
+            say(
+                f"a KD step would need {needed / 2**30:.1f} GiB: the student keeps few activations and computes the "
+                "others twice"
+                if checkpoint
+                else f"a KD step may need {needed / 2**30:.1f} GiB, and {job.student.name} cannot be cut into parts: "
+                "lower distillation.batch_size if memory runs out"
+            )
+    return Acceleration(graphs=graphs, compile=compiles, micro_batch=micro_batch, checkpoint=checkpoint, say=say)
 
 
 def micro_batch_for(needed: float, available: float, batch_size: int) -> int:
@@ -306,6 +343,7 @@ __all__ = [
     "Model",
     "OnMessage",
     "accelerated",
+    "begun_with",
     "bounded_pool",
     "copied",
     "cost_line",
@@ -314,5 +352,6 @@ __all__ = [
     "plan_of",
     "prepare",
     "silent",
+    "synthesis_plan_of",
     "with_names",
 ]

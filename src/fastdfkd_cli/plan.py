@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdfkd_cli.config import RunConfig
@@ -87,7 +87,8 @@ def timed_steps(
 
     Returns:
         ``synthesis_batch`` and ``kd_step`` in seconds (0 without a student), ``labels`` in seconds an image (0 without
-        ``views``), ``memory`` in bytes: the growth while they ran, scaled to the run's batch.
+        ``views``), ``synthesis_memory`` and ``kd_memory`` in bytes: the growth while they ran, scaled to the run's
+        batches.
 
     Raises:
         FastDFKDError: there is not enough memory for the smallest timed batch.
@@ -96,58 +97,80 @@ def timed_steps(
     synthesis, distillation = config.synthesis, config.distillation
     batch = max(2, min(synthesis.batch_size, TIMED_PIXELS // pixels))
     kd_batch = max(2, min(distillation.batch_size, TIMED_PIXELS // pixels))
-    steps = min(synthesis.steps, 2)
-    probe = replace(config, pool_size=0, synthesis=replace(synthesis, batch_size=batch, steps=steps))
     learner = copy.deepcopy(student) if student is not None else None
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    costs = {"synthesis_batch": 0.0, "kd_step": 0.0, "labels": 0.0, "synthesis_memory": 0.0, "kd_memory": 0.0}
     before = _resident_memory(device)
-    synthesis_seconds = 0.0
-    images = torch.full((kd_batch, *image_size), 128, dtype=torch.uint8, device=device)
+
+    def grown() -> int:
+        # Off CUDA a process keeps what it once took: what is timed second is charged with the larger of both.
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_memory(device)
+        return max(peak - before, 0)
+
+    if learner is not None and trains:
+        images = torch.full((kd_batch, *image_size), 128, dtype=torch.uint8, device=device)
+        _forget_peak(device)
+        seconds, costs["labels"] = _timed_kd_step(config, teacher, learner, images, views, device, amp)
+        costs["kd_step"] = seconds * distillation.batch_size / kd_batch
+        costs["kd_memory"] = grown() * distillation.batch_size / kd_batch
     if synthesises:
+        steps = min(synthesis.steps, 2)
+        probe = replace(config, pool_size=0, synthesis=replace(synthesis, batch_size=batch, steps=steps))
+        _forget_peak(device)
         method = build_method(
             probe, teacher, image_size=image_size, num_classes=num_classes, device=device, amp=amp, seed=config.seed
         )
         try:
-            images = method.synthesize(learner).images  # warms up
+            method.synthesize(learner)  # warms up
             began = time.perf_counter()
             method.synthesize(learner)
             synchronize(device)
-            synthesis_seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - began
         except torch.cuda.OutOfMemoryError:
             raise FastDFKDError(
                 f"The device has too little memory for a batch of {batch} images; lower synthesis.batch_size."
             ) from None
         finally:
             method.close()
-        synthesis_seconds *= synthesis.steps / steps * synthesis.batch_size / batch
-    kd_seconds = label_seconds = 0.0
-    if learner is not None and trains:
-        trained = Student(learner, distillation, device, amp)
-        rng = torch.Generator().manual_seed(0)
-        for _ in range(2):  # the first warms up
-            pool = ImagePool.holding(images, torch.zeros(len(images), dtype=torch.int64), device)
-            if views:
-                began = time.perf_counter()
-                pool.label(
-                    lambda seen: soft_labels(teacher, seen, amp),
-                    views, distillation.augmentation, rng, batch_size=kd_batch,
-                )  # fmt: skip
-                synchronize(device)
-                label_seconds = (time.perf_counter() - began) / len(images)
+        costs["synthesis_batch"] = seconds * synthesis.steps / steps * synthesis.batch_size / batch
+        costs["synthesis_memory"] = grown() * synthesis.batch_size / batch
+    return costs
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _timed_kd_step(
+    config: RunConfig,
+    teacher: nn.Module,
+    learner: nn.Module,
+    images: Tensor,
+    views: int,
+    device: torch.device,
+    amp: bool,
+) -> tuple[float, float]:
+    """Seconds of a KD step on ``images``, and of labelling one of them ``views`` times."""
+    settings = config.distillation
+    trained = Student(learner, settings, device, amp)
+    rng = torch.Generator().manual_seed(0)
+    step_seconds = label_seconds = 0.0
+    for _ in range(2):  # the first warms up
+        pool = ImagePool.holding(images, torch.zeros(len(images), dtype=torch.int64), device)
+        if views:
             began = time.perf_counter()
-            drawn, logits = pool.sample(kd_batch, rng, distillation.augmentation)
-            trained.learn(teacher if logits is None else logits, drawn, 0)
+            pool.label(
+                lambda seen: soft_labels(teacher, seen, amp),
+                views, settings.augmentation, rng, batch_size=len(images),
+            )  # fmt: skip
             synchronize(device)
-            kd_seconds = (time.perf_counter() - began) * distillation.batch_size / kd_batch
-    grown = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_memory(device)
-    scale = max(synthesis.batch_size / batch, distillation.batch_size / kd_batch)
-    return {
-        "synthesis_batch": synthesis_seconds,
-        "kd_step": kd_seconds,
-        "labels": label_seconds,
-        "memory": max(grown - before, 0) * scale,
-    }
+            label_seconds = (time.perf_counter() - began) / len(images)
+        began = time.perf_counter()
+        drawn, logits = pool.sample(len(images), rng, settings.augmentation)
+        trained.learn(teacher if logits is None else logits, drawn, 0)
+        synchronize(device)
+        step_seconds = time.perf_counter() - began
+    return step_seconds, label_seconds
 
 
 def distillation_plan(
@@ -190,7 +213,7 @@ def distillation_plan(
         steps = int(schedule.time_budget / costs["kd_step"])
         views = label_views(config.distillation, images=images, kd_steps=steps)
         if views:
-            costs = {**timed(views=views), "memory": costs["memory"]}
+            costs = {**timed(views=views), "kd_memory": costs["kd_memory"]}
     else:
         costs = timed(views=views)
     synthesis_seconds = batches * costs["synthesis_batch"]
@@ -221,7 +244,9 @@ def distillation_plan(
         "synthetic_images": images,
         "inner_steps": (images // config.synthesis.batch_size) * config.synthesis.steps if synthesises else 0,
         "kd_steps": kd_steps,
-        "memory_bytes": int(before + costs["memory"] + pool_bytes),
+        "memory_bytes": int(before + max(costs["synthesis_memory"], costs["kd_memory"]) + pool_bytes),
+        "synthesis_memory_bytes": int(before + costs["synthesis_memory"] + pool_bytes) if synthesises else 0,
+        "distillation_memory_bytes": int(before + costs["kd_memory"] + pool_bytes),
         "pool_bytes": pool_bytes,
         "disk_bytes": student_bytes + 2**20,
         "seconds": {
@@ -265,7 +290,7 @@ def synthesis_plan(
         "synthetic_images": num_images,
         "burn_in_batches": burn_in,
         "inner_steps": batches * config.synthesis.steps,
-        "memory_bytes": int(before + costs["memory"]),
+        "memory_bytes": int(before + costs["synthesis_memory"]),
         "disk_bytes": num_images * bytes_per_image,
         "seconds": {
             "synthesis_batch": round(costs["synthesis_batch"], 4),
