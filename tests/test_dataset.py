@@ -21,9 +21,9 @@ from timm.data import ImageDataset, create_dataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 
+from fastdfkd_cli.background import Background, HostCopy
 from fastdfkd_cli.dataset import DatasetWriter, class_folders, load_manifest, read_dataset
 from fastdfkd_cli.dataset import writer as dataset_writer
-from fastdfkd_cli.dataset.background import Background, HostCopy
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
 from fastdfkd_cli.output import StagedDirectory, sha256_file
 

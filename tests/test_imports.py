@@ -24,6 +24,7 @@ LAYERS = (
         "acceleration",
         "architectures",
         "augment",
+        "background",
         "generators",
         "hub",
         "losses",

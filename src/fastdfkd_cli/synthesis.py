@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdfkd_cli import __version__
+from fastdfkd_cli.background import HostCopy
 from fastdfkd_cli.config import RunConfig, to_dict
 from fastdfkd_cli.dataset import DatasetWriter, load_manifest
-from fastdfkd_cli.dataset.background import HostCopy
 from fastdfkd_cli.errors import FastDFKDError
 from fastdfkd_cli.methods import Synthesizer
 from fastdfkd_cli.pool import to_float

@@ -21,10 +21,9 @@ temporary names (``.train-00000.tar.partial``) that a resumed run completes or d
 
 In this package::
 
-    layout.py      what the files are called, the manifest's checks
-    background.py  the thread that writes while the computation goes on
-    writer.py      DatasetWriter: shards, interruption and going on
-    reader.py      read_dataset: such a set, or anybody's images, in memory
+    layout.py  what the files are called, the manifest's checks
+    writer.py  DatasetWriter: shards, interruption and going on
+    reader.py  read_dataset: such a set, or anybody's images, in memory
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastdfkd_cli import __version__
+from fastdfkd_cli.background import Background, HostCopy
 from fastdfkd_cli.data.files import IMAGE_MODES, images_in_tar, pixels
-from fastdfkd_cli.dataset.background import Background, HostCopy
 from fastdfkd_cli.dataset.layout import (
     CLASSES,
     FORMAT,
