@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import glob
 import hashlib
 import json
 import math
@@ -19,10 +20,16 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from types import ModuleType, TracebackType
+from typing import IO, Any
 
 from fastdfkd_cli.errors import FastDFKDError, UsageError
+
+_fcntl: ModuleType | None
+try:
+    import fcntl as _fcntl
+except ImportError:  # Windows has no such locks; there two runs into one folder are not told apart
+    _fcntl = None
 
 #: The key that every JSON file which marks a folder as this program's has at its top (value: the version).
 OWNER_KEY = "fastdfkd"
@@ -41,14 +48,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK = (*_FULL, errno.EROFS, errno.EIO)
 
 
-def disk_error(path: Path, error: OSError) -> FastDFKDError:
-    """Return the one-line error for a write below ``path`` that the system refused."""
+def disk_error(path: Path, error: OSError, *, room: str = "make room or choose another --output") -> FastDFKDError:
+    """Return the one-line error for a write below ``path`` that the system refused.
+
+    Args:
+        room: what to do where it is full.
+    """
     reason = error.strerror or str(error)
     hint = ""
     if error.errno in _FULL:
         with contextlib.suppress(OSError):
-            hint = f" ({shutil.disk_usage(_existing(path)).free / 2**20:,.0f} MiB are free there)"
-        hint += "; make room or choose another --output"
+            hint = f" ({shutil.disk_usage(nearest_existing(path)).free / 2**20:,.0f} MiB are free there)"
+        hint += f"; {room}"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         hint = "; choose an --output that you may write to"
     return FastDFKDError(f"Cannot write {path}: {reason}{hint}.")
@@ -63,14 +74,14 @@ def writing(path: Path) -> Iterator[None]:
         raise disk_error(path, error) from error
 
 
-def _existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """Return ``path`` or its nearest ancestor that exists."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Ask the system to put a file, or a folder's entries, on the disk."""
     if path.is_dir() and os.name == "nt":
         return
@@ -94,9 +105,9 @@ def files_below(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def named(files: Sequence[str], *, most: int = 3) -> str:
+def named(files: Sequence[str], *, most: int = 3, separator: str = ", ") -> str:
     """Return ``"a, b, c and 4 more"``."""
-    shown = ", ".join(files[:most])
+    shown = separator.join(files[:most])
     return f"{shown} and {len(files) - most} more" if len(files) > most else shown
 
 
@@ -184,7 +195,7 @@ class StagedDirectory:
             raise UsageError(f"--output {self.path} is a file: name a folder.")
         if target in Path.cwd().parents:
             raise UsageError(f"--output {self.path} contains the current directory: choose another folder.")
-        nearest = _existing(target)
+        nearest = nearest_existing(target)
         if not nearest.is_dir():
             raise UsageError(f"--output {self.path} cannot be made: {nearest} is a file.")
         if target.is_dir():
@@ -193,6 +204,17 @@ class StagedDirectory:
                 raise UsageError(f"--output {self.path} is not writable: choose another folder.")
         elif not os.access(nearest, os.W_OK | os.X_OK):
             raise UsageError(f"--output {self.path} cannot be made: {nearest} is not writable.")
+
+    def drop_abandoned(self) -> None:
+        """Remove folders in the making that killed runs left, and nothing that a run does not write.
+
+        For a caller that knows that no other run is making this one.
+        """
+        target = self._target()
+        for home in (target.parent, target):
+            for left in home.glob(f".{glob.escape(target.name)}.partial-????????"):
+                if left.is_dir() and not left.is_symlink() and not strange_files(left):
+                    shutil.rmtree(left, ignore_errors=True)
 
     def _target(self) -> Path:
         try:
@@ -244,8 +266,8 @@ class StagedDirectory:
             return
         try:
             for name in files_below(self._staging):
-                _fsync(self._staging / name)
-            _fsync(self._staging)
+                sync(self._staging / name)
+            sync(self._staging)
             self._put_in_place(self._staging, self._target())
         except OSError as failure:
             self._discard()
@@ -283,7 +305,7 @@ class StagedDirectory:
             if target.exists() and os.name == "nt":
                 target.rmdir()
             os.rename(staging, target)
-        _fsync(target.parent)
+        sync(target.parent)
 
     def _swap_inside(self, staging: Path, target: Path) -> None:
         old = staging / f".replaced-{secrets.token_hex(4)}"
@@ -327,6 +349,27 @@ def plain_json(value: Any) -> Any:
     return value
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of ``path``, whole and on the disk, if the block ends well.
+
+    Until then it stands beside it as ``.NAME.partial-XXXXXXXX``; on any exception it is removed.
+
+    Raises:
+        OSError: the disk is full or the place not writable.
+    """
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write ``path`` whole or not at all: beside it first, synced, then renamed over it.
 
@@ -334,17 +377,8 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         FastDFKDError: the disk is full or the place not writable.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    with writing(path):
-        try:
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with writing(path), replacing(path) as file:
+        file.write(content)
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -362,6 +396,77 @@ def sha256_file(path: str | Path) -> str:
     """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_damage(path: Path, *, size: int, sha256: str, by: str, content: bool = True) -> str | None:
+    """Return how a file differs from what is said of it, or None: a sentence without its full stop.
+
+    Args:
+        size: its bytes.
+        sha256: of its content, which is read only by ``content``.
+        by: who says so.
+    """
+    try:
+        found = path.stat().st_size
+        digest = sha256_file(path) if content and found == size else sha256
+    except FileNotFoundError:
+        return f"{path} is missing, though {by} names it"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    if found < size:
+        return f"{path} is truncated: {found:,} of {size:,} bytes"
+    if found > size:
+        return f"{path} is not what was written: {found:,} bytes instead of {size:,}"
+    if digest != sha256:
+        return f"{path} is damaged: its bytes do not have the SHA-256 that {by} states"
+    return None
+
+
+def lock_folder(folder: Path) -> int | None:
+    """Keep other runs out of an existing folder; the system frees the lock however this process ends.
+
+    Returns:
+        What to close to let them in; None where the system or its file system knows no locks.
+
+    Raises:
+        UsageError: another run holds it.
+        OSError: the folder cannot be opened.
+    """
+    if _fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _fcntl.flock(descriptor, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise UsageError(f"Another run is writing to {folder}: wait for it or choose another.") from error
+        return None
+    return descriptor
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return one text a differing key, ``"config.seed (there 0, now 1)"``, of two nested mappings."""
+    before, now = _flatten(plain_json(old)), _flatten(plain_json(new))
+
+    def shown(flat: Mapping[str, Any], key: str) -> str:
+        text = json.dumps(flat[key], ensure_ascii=False) if key in flat else "not set"
+        return text if len(text) <= 60 else text[:57] + "..."
+
+    return [
+        f"{key} (there {shown(before, key)}, now {shown(now, key)})"
+        for key in sorted(before.keys() | now.keys())
+        if (key in before, before.get(key)) != (key in now, now.get(key))
+    ]
 
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>!|~&$]|^[#+=-]|(?<=^\d)[.)](?= ))")
@@ -398,16 +503,22 @@ __all__ = [
     "RUN_FILES",
     "StagedDirectory",
     "check_replaceable",
+    "differences",
     "disk_error",
+    "file_damage",
     "files_below",
     "is_own_folder",
+    "lock_folder",
     "named",
+    "nearest_existing",
     "one_line",
     "plain_json",
+    "replacing",
     "safe_code",
     "safe_text",
     "sha256_file",
     "strange_files",
+    "sync",
     "write_bytes",
     "write_json",
     "writing",

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastdfkd_cli.data.files import IMAGE_MODES, first_line
 from fastdfkd_cli.errors import UnavailableError
-from fastdfkd_cli.output import sha256_file
+from fastdfkd_cli.output import file_damage
 
 FORMAT = "synthetic-images"
 FORMAT_VERSION = 1
@@ -120,17 +120,6 @@ def check_file(path: Path, facts: Mapping[str, Any], *, content: bool = True) ->
     Raises:
         UnavailableError: it is missing, not readable or another one.
     """
-    stated = facts["bytes"]
-    try:
-        size = path.stat().st_size
-        digest = sha256_file(path) if content and size == stated else facts["sha256"]
-    except FileNotFoundError as error:
-        raise UnavailableError(f"{path} is missing, though the manifest names it.") from error
-    except OSError as error:
-        raise UnavailableError(f"{path} cannot be read: {error.strerror}.") from error
-    if size < stated:
-        raise UnavailableError(f"{path} is truncated: {size:,} of {stated:,} bytes. Copy or make it again.")
-    if size > stated:
-        raise UnavailableError(f"{path} is not what was written: {size:,} bytes instead of {stated:,}.")
-    if digest != facts["sha256"]:
-        raise UnavailableError(f"{path} is damaged: its bytes do not have the SHA-256 that the manifest states.")
+    damage = file_damage(path, size=facts["bytes"], sha256=facts["sha256"], by="the manifest", content=content)
+    if damage:
+        raise UnavailableError(f"{damage}. Copy or make it again.")

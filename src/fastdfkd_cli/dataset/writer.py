@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -41,7 +41,9 @@ from fastdfkd_cli.output import (
     LITTER,
     OWNER_KEY,
     check_replaceable,
+    differences,
     files_below,
+    lock_folder,
     named,
     plain_json,
     sha256_file,
@@ -50,12 +52,6 @@ from fastdfkd_cli.output import (
     writing,
 )
 from fastdfkd_cli.pictures import write_grid
-
-_fcntl: ModuleType | None
-try:
-    import fcntl as _fcntl
-except ImportError:  # Windows has no such locks; there two runs into one folder are not told apart
-    _fcntl = None
 
 #: What the engine may write beside the set.
 SIDE_FILES = frozenset({"README.md", "report.json", "metrics.jsonl", "config.json", "samples.png"})
@@ -96,30 +92,6 @@ def _png(image: np.ndarray[Any, Any]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", compress_level=_PNG_COMPRESSION)
     return buffer.getvalue()
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return one text a differing key, ``"config.seed (there 0, now 1)"``, of two nested mappings."""
-    before, now = _flatten(plain_json(old)), _flatten(plain_json(new))
-
-    def shown(flat: Mapping[str, Any], key: str) -> str:
-        text = json.dumps(flat[key], ensure_ascii=False) if key in flat else "not set"
-        return text if len(text) <= 60 else text[:57] + "..."
-
-    return [
-        f"{key} (there {shown(before, key)}, now {shown(now, key)})"
-        for key in sorted(before.keys() | now.keys())
-        if (key in before, before.get(key)) != (key in now, now.get(key))
-    ]
 
 
 @dataclass(frozen=True)
@@ -211,7 +183,7 @@ class DatasetWriter:
             raise UsageError(f"--output {self.directory} cannot be made: {error.strerror}.") from error
         if not os.access(self.directory, os.R_OK | os.W_OK | os.X_OK):
             raise UsageError(f"--output {self.directory} is not writable: choose another folder.")
-        self._take_lock()
+        self._lock = lock_folder(self.directory)
         try:
             self._start(overwrite, resume)
         except BaseException:
@@ -257,22 +229,6 @@ class DatasetWriter:
             check_replaceable(self.directory)
             self._replaces = True
 
-    def _take_lock(self) -> None:
-        """Keep a second run out of the folder; the system frees the lock however this process ends."""
-        if _fcntl is None:
-            return
-        descriptor = os.open(self.directory, os.O_RDONLY)
-        try:
-            _fcntl.flock(descriptor, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            if isinstance(error, BlockingIOError):  # others: a file system without locks
-                raise UsageError(
-                    f"Another run is writing to {self.directory}: wait for it or choose another."
-                ) from error
-        else:
-            self._lock = descriptor
-
     # What stands in the folder
 
     def _known(self) -> set[str]:
@@ -310,12 +266,11 @@ class DatasetWriter:
 
     def _read_back(self) -> None:
         manifest = load_manifest(self.directory)
-        differences = _differences({key: manifest.get(key) for key in self._identity}, self._identity)
-        if differences:
-            shown = "; ".join(part.removeprefix("header.") for part in differences[:4])
-            more = f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
+        found = differences({key: manifest.get(key) for key in self._identity}, self._identity)
+        if found:
+            shown = named([part.removeprefix("header.") for part in found], most=4, separator="; ")
             raise UsageError(
-                f"{self.directory} was begun with other settings: {shown}{more}. Give the same, or another --output."
+                f"{self.directory} was begun with other settings: {shown}. Give the same, or another --output."
             )
         self._shards = list(manifest["shards"])
         self._counts = list(manifest["counts"])
