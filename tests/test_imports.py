@@ -35,7 +35,7 @@ LAYERS = (
         "weights",
     },
     {"bn_stats", "data", "models", "pool"},
-    {"dataset", "export", "methods"},
+    {"checkpoint", "dataset", "export", "methods"},
     {"distillation", "evaluation", "plan", "quality", "synthesis"},
     {"job"},
     {"api", "console"},
