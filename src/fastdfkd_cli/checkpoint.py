@@ -52,6 +52,7 @@ from fastdfkd_cli.output import (
     plain_json,
     replacing,
     sync,
+    unlock_folder,
 )
 
 FORMAT = "checkpoint"
@@ -412,7 +413,7 @@ class Checkpoints:
                 with contextlib.suppress(OSError):  # it holds checkpoints, or is gone
                     folder.rmdir()
             if lock is not None:
-                os.close(lock)
+                unlock_folder(lock)
 
         self._background.afterwards(leave)
 

@@ -44,6 +44,9 @@ RUN_FILES = (
 #: What file managers drop into any folder they show; it is nobody's work.
 LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", ".directory"})
 
+#: Descriptors of the locks that this process holds.
+_LOCKS: set[int] = set()
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK = (*_FULL, errno.EROFS, errno.EIO)
 
@@ -116,7 +119,7 @@ def is_own_folder(folder: Path) -> bool:
     for name in MARKER_FILES:
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(content, dict) and OWNER_KEY in content:
             return True
@@ -124,13 +127,16 @@ def is_own_folder(folder: Path) -> bool:
 
 
 def strange_files(folder: Path, *, but: str | None = None) -> list[str]:
-    """Return the files below ``folder`` that no run of this program leaves behind, without those in ``but``."""
+    """Return the files below ``folder`` that no run of this program leaves behind, without those in ``but``.
+
+    A link in the place of one of a run's folders is such a file: what is written into it would land elsewhere.
+    """
     return [
         name
         for name in files_below(folder)
         if name.rsplit("/", 1)[-1] not in LITTER
         and name.split("/", 1)[0] != but
-        and name not in ("grids", "state")
+        and (name not in ("grids", "state") or (folder / name).is_symlink())
         and not any(name.count("/") == known.count("/") and fnmatch.fnmatch(name, known) for known in RUN_FILES)
     ]
 
@@ -384,12 +390,14 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_json(path: str | Path, obj: Any) -> None:
     """Write ``obj`` as indented UTF-8 JSON, whole or not at all. Numbers that are not finite become null.
 
+    Letters of every script stay as they are; what a terminal would act on is written as JSON's own escapes.
+
     Raises:
         FastDFKDError: the disk is full or the place not writable.
         TypeError: ``obj`` holds something JSON cannot.
     """
     text = json.dumps(plain_json(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, _UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode("utf-8"))
 
 
 def sha256_file(path: str | Path) -> str:
@@ -426,7 +434,7 @@ def lock_folder(folder: Path) -> int | None:
     """Keep other runs out of an existing folder; the system frees the lock however this process ends.
 
     Returns:
-        What to close to let them in; None where the system or its file system knows no locks.
+        For :func:`unlock_folder`; None where the system or its file system knows no locks.
 
     Raises:
         UsageError: another run holds it.
@@ -442,7 +450,26 @@ def lock_folder(folder: Path) -> int | None:
         if isinstance(error, BlockingIOError):
             raise UsageError(f"Another run is writing to {folder}: wait for it or choose another.") from error
         return None
+    _LOCKS.add(descriptor)
     return descriptor
+
+
+def unlock_folder(descriptor: int) -> None:
+    """Let other runs in again; nothing in a process that only inherited the lock."""
+    if descriptor in _LOCKS:
+        _LOCKS.remove(descriptor)
+        os.close(descriptor)
+
+
+def _inherit_no_locks() -> None:
+    """A forked worker outlives a killed parent by seconds, and would keep the next run out so long."""
+    for descriptor in _LOCKS:
+        os.close(descriptor)
+    _LOCKS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_inherit_no_locks)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -469,7 +496,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>!|~&$]|^[#+=-]|(?<=^\d)[.)](?= ))")
+#: What JSON lets stand in a text although a terminal acts on it, or no file can hold it.
+_UNSAFE_IN_JSON = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+#: What Markdown acts on; the last two make a link of an address that only stands there.
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>!|~&$]|^[#+=-]|(?<=^\d)[.)](?= )|:(?=//)|(?<=[Ww]{3})\.)")
 
 
 def one_line(text: object) -> str:
@@ -519,6 +549,7 @@ __all__ = [
     "sha256_file",
     "strange_files",
     "sync",
+    "unlock_folder",
     "write_bytes",
     "write_json",
     "writing",

@@ -47,6 +47,7 @@ from fastdfkd_cli.output import (
     named,
     plain_json,
     sha256_file,
+    unlock_folder,
     write_bytes,
     write_json,
     writing,
@@ -416,7 +417,7 @@ class DatasetWriter:
             self._background.failure()
         finally:  # also when a second Ctrl-C cuts the waiting short: then the lock goes with the thread's last write
             if self._lock is not None:
-                self._background.afterwards(partial(os.close, self._lock))
+                self._background.afterwards(partial(unlock_folder, self._lock))
                 self._lock = None
         for folder in self._made:
             with contextlib.suppress(OSError):  # it holds the set
