@@ -654,8 +654,8 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     result = json.loads(done.stdout)
     assert result["found"] == sorted(result["found"])
-    assert result["found"][-1] > 20
-    assert result["torn"] >= 8  # of 30: a write was under way, and what it left was removed
+    assert result["found"][-1] > 10
+    assert result["torn"] >= 5  # of 30: a write was under way, and what it left was removed
 
 
 # Folders from elsewhere
