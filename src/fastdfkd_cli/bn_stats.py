@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastdfkd_cli.distributed import merged_moments
+from fastdfkd_cli.processes import Group
+
 
 def batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers of ``model`` that keep running statistics, by name.
@@ -135,6 +138,19 @@ def _as(x: Tensor, result: Tensor, times: int) -> Tensor:
     return result.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
+def add_line_(target: Tensor, x: Tensor, offset: Tensor, slope: Tensor) -> Tensor:
+    """``target + offset + slope * x`` with an offset and a slope ``[C]`` per channel: ``target`` itself, changed.
+
+    Both tensors are ``[B, C, ...]``, of one memory format.
+    """
+    rows, times = _rows(x)
+    if not times:
+        return target.addcmul_(x, _along(x, 0, slope)).add_(_along(x, 0, offset))
+    result, _ = _rows(target.contiguous(memory_format=torch.channels_last))
+    result.addcmul_(rows, _along(x, times, slope)).add_(_along(x, times, offset))
+    return _as(x, result, times)
+
+
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of ``x`` ``[B, C, ...]`` per channel, over all other dimensions: two ``[C]``.
 
@@ -154,6 +170,33 @@ def shifted_moments(x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     shifted = x.float() - centre.float().view(shape)
     mean = shifted.mean(dims)
     return mean + centre, (shifted * shifted).mean(dims) - mean * mean
+
+
+class _MomentsOfAll(torch.autograd.Function):
+    """:func:`moments_of_all` with its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, moments: Tensor, group: Group) -> Tensor:
+        mean, var = moments.chunk(2)
+        merged_mean, merged_var = merged_moments(group, mean, var)
+        ctx.save_for_backward(mean - merged_mean)
+        return torch.cat([merged_mean, merged_var])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (apart,) = ctx.saved_tensors
+        grad_mean, grad_var = grads[0].chunk(2)
+        return torch.cat([grad_mean + 2 * apart * grad_var, grad_var]), None
+
+
+def moments_of_all(group: Group, moments: Tensor) -> Tensor:
+    """The moments ``[2 S]`` of the batches of all processes together, from those of each, by one message.
+
+    The derivative is that of the *mean over processes* of their losses, each of which counts what it computes from the
+    result once: the factor 1/R of this process's part meets R equal terms. So each of R processes divides its loss by
+    R, and the gradients in the images (in z) are those of one process with the whole batch.
+    """
+    return _MomentsOfAll.apply(moments, group) if group.several else moments
 
 
 @dataclass(frozen=True)
@@ -330,4 +373,11 @@ class BatchNormStatistics:
             self._check_accumulated(self._layout)
 
 
-__all__ = ["BatchNormStatistics", "batch_norm_layers", "channel_moments", "shifted_moments"]
+__all__ = [
+    "BatchNormStatistics",
+    "add_line_",
+    "batch_norm_layers",
+    "channel_moments",
+    "moments_of_all",
+    "shifted_moments",
+]
