@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdfkd_cli import distillation
+from fastdfkd_cli.acceleration import Acceleration
 from fastdfkd_cli.config import DistillationConfig, RunConfig
 from fastdfkd_cli.distillation import Distillation, Student
 from fastdfkd_cli.errors import FastDFKDError
@@ -73,11 +74,18 @@ class Noise:
     def renew(self) -> None:
         self.calls.append("renew")
 
+    @property
+    def micro_batch(self) -> int:
+        return 0
+
+    def slow_down(self, factor: float) -> None:
+        self.calls.append(f"slower by {factor}")
+
     def state_dict(self) -> dict[str, Tensor]:
-        return {}
+        return {"rng": self.rng.get_state()}
 
     def load_state_dict(self, state: Any) -> None:
-        raise AssertionError("nobody asked for it")
+        self.rng.set_state(state["rng"])
 
     def close(self) -> None:
         self.calls.append("close")
@@ -610,6 +618,155 @@ def test_weights_that_are_not_finite_are_not_handed_out(name: str) -> None:
 def test_a_student_that_diverges_is_refused() -> None:
     with pytest.raises(FastDFKDError, match="not finite|stopped being finite"):
         list(engine(config(distillation__lr=1e30, schedule__rounds=8)))
+
+
+# What breaks once
+
+
+def breaking(run: Distillation, *steps: int) -> list[str]:
+    """Have the student's weights break before steps of these numbers, counted as they are tried; what is said."""
+    descend, said, tried = run.student.descend, [], 0
+
+    def broken(*given: Any) -> Any:
+        nonlocal tried
+        tried += 1
+        if tried in steps:
+            with torch.no_grad():
+                run.student.net.fc.weight.fill_(torch.nan)
+        return descend(*given)
+
+    run.student.descend = broken  # type: ignore[method-assign]
+    run.acceleration = Acceleration(say=said.append)
+    return said
+
+
+@pytest.mark.parametrize("records", [0.0, 1e9])
+def test_a_run_that_breaks_goes_back_to_its_last_round_and_on_at_a_lower_rate(
+    records: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "RECORD_EVERY", records)
+    settings = config(distillation__average="ema", schedule__rounds=5)
+    run = engine(settings)
+    said, rates = breaking(run, 5), rates_of(run)
+    found = list(run)
+    assert run.steps_taken == 12
+    assert run.images_made == 20
+    assert len(run.pool) == 20
+    assert [retry["round"] for retry in run.retries] == [2]
+    (line,) = said
+    assert line == (
+        f"The distillation loss stopped being finite at step {5 if not records else 6} (loss): back to round 2 with a "
+        "quarter of distillation.lr (1 of 3 times)"
+    )
+    assert math.isfinite(found[-1].values["loss"])
+    schedule = rates_of_schedule(settings)
+    assert rates[:3] == schedule[:3]
+    assert rates[-9:] == [rate / 4 for rate in schedule[3:]]
+    again = engine(settings)
+    breaking(again, 5)
+    list(again)
+    assert_same_state(state_of(run.student.net), state_of(again.student.net))
+
+
+def rates_of_schedule(settings: RunConfig) -> list[float]:
+    run = engine(settings)
+    rates = rates_of(run)
+    list(run)
+    return rates
+
+
+def test_images_that_break_slow_the_method_down() -> None:
+    class Breaks(Noise):
+        def synthesize(self, student: nn.Module | None = None) -> SyntheticBatch:
+            batch = super().synthesize(student)
+            if len(self.calls) == 3:
+                batch.losses["feature"].fill_(math.nan)
+            return batch
+
+    noise = Breaks()
+    run = engine(config(), synthesizer=noise)
+    list(run)
+    assert noise.calls.count("slower by 0.25") == 1
+    assert run.student.rate == 1
+    assert run.images_made == len(run.pool) == 16
+    whole = engine(config())
+    list(whole)
+    assert torch.equal(run.pool.images, whole.pool.images)
+
+
+def test_a_run_that_keeps_breaking_ends() -> None:
+    run = engine(config())
+    said = breaking(run, *range(1, 1000))
+    with pytest.raises(
+        FastDFKDError, match=r"\(loss\), after 3 returns to an earlier round with a lower rate each"
+    ) as error:
+        list(run)
+    assert "Lower distillation.lr" in str(error.value)
+    assert len(said) == 3
+
+
+def test_a_loss_that_explodes_is_as_bad_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "EXPLODED", 1e-9)
+    with pytest.raises(FastDFKDError, match="distillation loss exploded at step"):
+        list(engine(config()))
+
+
+# Too little memory
+
+
+class Small(nn.Module):
+    """A network on a device that holds activations of so many images."""
+
+    def __init__(self, net: nn.Module, most: int) -> None:
+        super().__init__()
+        self.net, self.most = net, most
+        self.grad_checkpointing = False
+        self.tried = 0
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.tried += 1
+        logits = self.net(x)
+        if len(x) > self.most and not self.grad_checkpointing:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate everything.")
+        return logits
+
+
+def test_a_batch_that_does_not_fit_is_made_in_parts() -> None:
+    settings, said = config(synthesis__batch_size=6), []
+    shape: dict[str, Any] = {"image_size": SIZE, "num_classes": CLASSES, "device": CPU, "amp": False}
+    whole = build_method(settings, teacher(), **shape)
+    parts = build_method(settings, Small(teacher(), 2).eval(), **shape, acceleration=Acceleration(say=said.append))
+    for _ in range(2):
+        one, other = whole.synthesize(), parts.synthesize()
+        assert torch.equal(one.labels, other.labels)
+        assert (one.images.int() - other.images.int()).abs().max() <= 1
+    assert parts.micro_batch == 2
+    assert [line.split(":")[0] for line in said] == [
+        "out of memory with 6 images at a time",
+        "out of memory with 3 images at a time",
+    ]
+    with pytest.raises(torch.OutOfMemoryError):
+        build_method(settings, Small(teacher(), 0).eval(), **shape).synthesize()
+
+
+def test_a_kd_step_that_does_not_fit_keeps_less_and_learns_the_same() -> None:
+    whole, said = engine(config()), []
+    run = engine(config(), student=Small(net(1), 2), acceleration=Acceleration(say=said.append))
+    list(whole)
+    list(run)
+    assert said == [
+        "out of memory in a KD step: back to round 1; the student keeps few activations and computes the others twice "
+        "from here"
+    ]
+    assert run.chosen == {"micro_batch": 0, "checkpoint": True}
+    assert_same_state(state_of(whole.student.net), state_of(run.student.net.net))  # type: ignore[arg-type]
+    with pytest.raises(torch.OutOfMemoryError):
+        student = Small(net(1), 2)
+        student.set_grad_checkpointing = lambda enable=True: None  # type: ignore[method-assign]
+        list(engine(config(), student=student))
 
 
 @pytest.mark.usefixtures("every_record")

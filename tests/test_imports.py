@@ -18,13 +18,14 @@ PACKAGE = Path(fastdfkd_cli.__file__).parent
 HEAVY = {"huggingface_hub", "safetensors", "timm", "torch", "torchvision"}
 #: From the ground up. A module imports from its own row (without cycles) and from those before it.
 LAYERS = (
-    {"errors", "host"},
-    {"config", "records", "recipes", "settings"},
+    {"errors", "host", "stopping"},
+    {"config", "processes", "records", "recipes", "settings"},
     {
         "acceleration",
         "architectures",
         "augment",
         "background",
+        "distributed",
         "generators",
         "hub",
         "losses",
@@ -34,16 +35,29 @@ LAYERS = (
         "runtime",
         "weights",
     },
-    {"bn_stats", "data", "models", "pool"},
+    {"bn_stats", "data", "models", "pool", "synced_norm"},
     {"checkpoint", "dataset", "export", "methods"},
     {"distillation", "evaluation", "plan", "quality", "synthesis"},
+    {"resume"},
     {"job"},
     {"api", "console"},
     {"cli"},
     {"__main__"},
 )
 #: What stands on the way to `--help`; pyproject.toml's TID253 has the same list.
-LIGHT = {"__init__", "__main__", "cli", "config", "console", "errors", "recipes", "records", "settings"}
+LIGHT = {
+    "__init__",
+    "__main__",
+    "cli",
+    "config",
+    "console",
+    "errors",
+    "processes",
+    "recipes",
+    "records",
+    "settings",
+    "stopping",
+}
 
 
 def modules() -> dict[str, Path]:

@@ -13,13 +13,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
 
 import typer
 
+from fastdfkd_cli import stopping
 from fastdfkd_cli.cli import app
 from fastdfkd_cli.console import print_error
-from fastdfkd_cli.errors import FastDFKDError
+from fastdfkd_cli.errors import FastDFKDError, is_out_of_memory
+from fastdfkd_cli.stopping import Stopped
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 #: What the system refused, and what to do about it.
@@ -31,32 +32,27 @@ _DISK_ERRORS = {
     errno.ENAMETOOLONG: ("The name is too long", "choose a shorter one"),
     errno.EIO: ("Reading or writing failed", "check the disk or choose another folder"),
 }
-#: How torch's allocator on the CPU says it, in a plain RuntimeError.
-_NO_MEMORY = ("can't allocate memory", "not enough memory")
 # Typer brings its own copy of Click in newer versions and imports Click in older ones; either way its errors share
 # the base class under this name, which Typer itself does not export.
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
-class _Stopped(KeyboardInterrupt):
-    """A signal asked the run to stop; no ``except Exception`` on the way out holds it up."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Let the first Ctrl-C or SIGTERM unwind the run, so that it cleans up; a second one ends it at once.
+    """Let Ctrl-C or SIGTERM unwind the run, so that it cleans up; one more ends it at once.
 
-    Left alone, SIGTERM would kill the process with its staged output half-written.
+    A loop that can save itself finishes its step first, unless it is asked a second time. Left alone, SIGTERM would
+    kill the process with its staged output half-written.
     """
 
-    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if stopping.ask(signum):
+            # Not print: the handler may have interrupted one.
+            os.write(2, b"fastdfkd: finishing the step and saving; once more to stop at once\n")
+            return
         for each in _SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        raise _Stopped(signum)
+        raise Stopped(signum)
 
     # A signal that the parent told us to ignore (nohup, a job in the background) stays ignored.
     previous = {each: signal.getsignal(each) for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN}
@@ -88,15 +84,6 @@ def _run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _out_of_memory(error: Exception) -> bool:
-    # torch's own error by its name: torch may not have been imported, and must not be for this.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or any(words in str(error) for words in _NO_MEMORY)
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
@@ -107,10 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _signals_raise():
             return _run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt as error:
-        signum = error.signum if isinstance(error, _Stopped) else signal.SIGINT
-        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
         left = " ".join(getattr(error, "__notes__", ())) or "nothing unfinished was kept"
-        print_error(f"stopped by {name}; {left}.", kind="interrupted")
+        print_error(f"stopped by {stopping.name_of(signum)}; {left}.", kind="interrupted")
         return 128 + signum
     except FastDFKDError as error:
         print_error(str(error))
@@ -133,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--deterministic: {operator} cannot be repeated on this device; leave it out, or --device cpu."
             )
             return 2
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         print_error(
             "The device is out of memory; lower the batch sizes (--set synthesis.batch_size=... --set "

@@ -6,19 +6,18 @@ progress goes to ``on_record`` and remarks to ``on_message``.
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastdfkd_cli import __version__, evaluation
 from fastdfkd_cli.acceleration import Acceleration
+from fastdfkd_cli.checkpoint import Checkpoints
 from fastdfkd_cli.config import RunConfig, to_dict
 from fastdfkd_cli.data import EvaluationData, open_evaluation_data
 from fastdfkd_cli.dataset import DatasetWriter, SyntheticSet, read_dataset
@@ -42,11 +41,12 @@ from fastdfkd_cli.job import (
 )
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.models import ModelOptions, check_forward, load_teacher
-from fastdfkd_cli.output import StagedDirectory, write_json
+from fastdfkd_cli.output import StagedDirectory, write_bytes, write_json
 from fastdfkd_cli.plan import model_size
 from fastdfkd_cli.pool import ImagePool
 from fastdfkd_cli.quality import Quality, QualitySignal
-from fastdfkd_cli.records import Record
+from fastdfkd_cli.records import MetricsLog, Record
+from fastdfkd_cli.resume import Keeper, checkpoint_folder, identity
 from fastdfkd_cli.runtime import (
     describe_device,
     deterministic_algorithms,
@@ -54,6 +54,8 @@ from fastdfkd_cli.runtime import (
     resolve_device,
     versions,
 )
+from fastdfkd_cli.settings import CHECKPOINT_EVERY
+from fastdfkd_cli.stopping import patiently
 from fastdfkd_cli.synthesis import Synthesis, header
 
 OnRecord = Callable[[Record], None]
@@ -94,6 +96,8 @@ def distill(
     data_dir: str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    resume: str | Path | None = None,
+    checkpoint_every: float = CHECKPOINT_EVERY,
     device: str = "auto",
     amp: bool | None = None,
     compile: bool = False,
@@ -116,7 +120,11 @@ def distill(
             ``rounds``, which keep the shares of warm-up and final rounds.
         data_dir: distil on these synthetic images instead of making new ones.
         output: the folder to export to; None for no export.
-        overwrite: replace a folder that an earlier run left there.
+        overwrite: replace a folder that an earlier run left there, and the checkpoints of an unfinished one.
+        resume: ``auto`` to go on with the run that did not get to write ``output``, if there is one; or a folder of
+            checkpoints. An unfinished run is gone on with under its own settings or not at all.
+        checkpoint_every: seconds between two checkpoints, at least; 0: only when the run is asked to stop. They stand
+            in ``OUTPUT.checkpoints`` until the run is complete; without ``output`` or ``resume`` there are none.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         amp: bf16 in the networks; None: where the device is made for it.
         compile: compile the networks' passes first (a minute or so); falls back, with a remark.
@@ -130,7 +138,7 @@ def distill(
         UnavailableError: a model or data set is not to be had.
         FastDFKDError: the run failed.
     """
-    started = time.perf_counter()
+    log = MetricsLog(on_record)
     say = on_message or silent
     with ExitStack() as stack:
         if output is not None:
@@ -152,71 +160,96 @@ def distill(
         assert job.student is not None
         judge = _open_judge(eval_data, eval_dataset, eval_split, job)
         given = _read_given(data_dir, job)
+        checkpoints = _open_checkpoints(stack, job, given, output, resume, overwrite, say)
+        latest = checkpoints.latest if checkpoints is not None else None
         stack.enter_context(deterministic_algorithms(job.config.deterministic))
-        plan = plan_of(job, given) if on_message is not None else None
-        if plan is not None:
-            say(cost_line(plan, job.config))
-        acceleration = accelerated(job, plan, compiles=compile, graphs=graphs, say=say)
+        if latest is None:
+            plan = plan_of(job, given) if on_message is not None else None
+            if plan is not None:
+                say(cost_line(plan, job.config))
+            if given is None:
+                job.config = bounded_pool(job, say)
+            acceleration = accelerated(job, plan, compiles=compile, graphs=graphs, say=say)
+        else:
+            # What was decided from the memory that was free then is kept to, so that the rest is the same.
+            chosen = dict(latest.values["chosen"])
+            job.config = replace(job.config, pool_size=chosen.pop("pool_size"))
+            acceleration = accelerated(job, None, compiles=compile, graphs=graphs, say=say, **chosen)
         # Dropout and the like draw from the global state: it follows from the seed while the run lasts.
         cuda = [job.machine.device] if job.machine.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         torch.manual_seed(job.config.seed)
-        folder = stack.enter_context(StagedDirectory(output, overwrite)) if output is not None else None
-        log = stack.enter_context(_RecordLog(folder / "metrics.jsonl" if folder else None, on_record))
-        run, quality = _distil(job, given, acceleration, say, log)
-        scores, failure = None, None
-        try:
-            scores = _judge(job, judge, say, log)
-        except FastDFKDError as error:
-            failure = error  # the student is finished: it is not lost to a damaged picture
-        report = _report(job, run, given, data_dir, quality, scores, started)
-        if folder is not None:
-            _export(folder, job, run, report, say)
+        with _noting(checkpoints):
+            run, quality = _distil(job, given, acceleration, checkpoints, checkpoint_every, say, log)
+            scores, failure = None, None
+            try:
+                scores = _judge(job, judge, say, log)
+            except FastDFKDError as error:
+                failure = error  # the student is finished: it is not lost to a damaged picture
+            report = _report(job, run, given, data_dir, quality, scores, log.elapsed)
+            if output is not None:
+                with StagedDirectory(output, overwrite) as folder:
+                    write_bytes(folder / "metrics.jsonl", log.content())
+                    _export(folder, job, run, report, say)
+        if checkpoints is not None:
+            checkpoints.finish()
     if failure is not None:
         kept = f" The student itself is whole, in {output}." if output is not None else ""
         raise type(failure)(f"{failure}{kept}") from failure
     return DistillResult(job.student.module, Path(output) if output is not None else None, report)
 
 
-class _RecordLog:
-    """Hands records on, and writes them to ``metrics.jsonl`` as they come.
+def _open_checkpoints(
+    stack: ExitStack,
+    job: Job,
+    given: SyntheticSet | None,
+    output: str | Path | None,
+    resume: str | Path | None,
+    overwrite: bool,
+    say: OnMessage,
+) -> Checkpoints | None:
+    """Where the run is saved, and the unfinished one that it goes on with, if any."""
+    assert job.student is not None
+    named = resume is not None and str(resume) != "auto"
+    if resume is not None and not named and output is None:
+        raise UsageError("resume='auto' goes on with the run of an output: name it, or the folder of checkpoints.")
+    if not named and output is None:
+        return None
+    folder = Path(resume) if named else checkpoint_folder(output)  # type: ignore[arg-type]
+    about = identity(job.config, job.teacher, job.student, job.machine.amp, given)
+    found = stack.enter_context(
+        Checkpoints.open(folder, about, resume=resume is not None, begin_anew=overwrite and resume is None, say=say)
+    )
+    if output is not None:
+        StagedDirectory(output, overwrite).drop_abandoned()
+    if named and found.latest is None:
+        raise UsageError(f"{folder} holds no checkpoint: check the path, or leave --resume out.")
+    return found
 
-    Each engine counts its own progress and time; what is said of the whole run never goes back.
-    """
 
-    def __init__(self, path: Path | None, on_record: OnRecord | None) -> None:
-        self.path = path
-        self.on_record = on_record
-        self._file: TextIO | None = None
-        self._progress = 0.0
-        self._started = time.perf_counter()
-
-    def __enter__(self) -> _RecordLog:
-        if self.path is not None:
-            self._file = self.path.open("w", encoding="utf-8")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def __call__(self, record: Record) -> None:
-        self._progress = max(self._progress, record.progress)
-        record = replace(record, progress=self._progress, elapsed=time.perf_counter() - self._started)
-        if self._file is not None:
-            line = {**vars(record), "values": dict(record.values)}
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-        if self.on_record is not None:
-            self.on_record(record)
-
-    def drain(self, records: Iterable[Record]) -> None:
-        for record in records:
-            self(record)
+@contextmanager
+def _noting(checkpoints: Checkpoints | None) -> Iterator[None]:
+    """Say of an end before the end what there is to go on from."""
+    try:
+        yield
+    except (KeyboardInterrupt, FastDFKDError) as end:
+        if checkpoints is not None and checkpoints.folder.exists():
+            kept = f"the last checkpoint is kept in {checkpoints.folder}: --resume auto goes on with it"
+            if isinstance(end, FastDFKDError):
+                end.args = (f"{end} {kept[0].upper()}{kept[1:]}.",)
+            elif not getattr(end, "__notes__", None):
+                end.add_note(kept)
+        raise
 
 
 def _distil(
-    job: Job, given: SyntheticSet | None, acceleration: Acceleration, say: OnMessage, log: _RecordLog
+    job: Job,
+    given: SyntheticSet | None,
+    acceleration: Acceleration,
+    checkpoints: Checkpoints | None,
+    checkpoint_every: float,
+    say: OnMessage,
+    log: MetricsLog,
 ) -> tuple[Distillation, Quality | None]:
     """Synthesis and distillation, then the quality signal."""
     assert job.student is not None
@@ -226,7 +259,6 @@ def _distil(
         torch.cuda.reset_peak_memory_stats(device)
     synthesizer, pool = None, None
     if given is None:
-        job.config = bounded_pool(job, say)
         synthesizer = build_method(job.config, teacher, acceleration=acceleration, **job.keywords())
     else:
         pool = ImagePool.holding(given.images, given.labels, device)
@@ -241,9 +273,20 @@ def _distil(
         pool=pool,
         acceleration=acceleration,
     )
+    keeper = None
+    if checkpoints is not None:
+        keeper = Keeper(checkpoints, run, log, checkpoint_every)
     try:
+        if keeper is not None:
+            run.at_border = keeper.at_border
+            if keeper.checkpoints.latest is not None:
+                keeper.take_up(keeper.checkpoints.latest)
+                say(f"going on after {run.images_made:,} images and {run.steps_taken:,} KD steps")
         run.prepare()
-        log.drain(run)
+        with patiently() if keeper is not None else nullcontext():
+            log.drain(run)
+            if keeper is not None:
+                keeper.save()  # a finished student is not lost to what comes after it
     finally:
         if synthesizer is not None:
             synthesizer.close()
@@ -276,7 +319,7 @@ def _open_judge(eval_data: str | None, eval_dataset: str | None, eval_split: str
     return data.aligned(job.student.num_classes, job.student.class_names)
 
 
-def _judge(job: Job, data: EvaluationData | None, say: OnMessage, log: _RecordLog) -> dict[str, Any] | None:
+def _judge(job: Job, data: EvaluationData | None, say: OnMessage, log: MetricsLog) -> dict[str, Any] | None:
     if data is None:
         return None
     assert job.student is not None
@@ -295,11 +338,10 @@ def _report(
     data_dir: str | Path | None,
     quality: Quality | None,
     scores: dict[str, Any] | None,
-    started: float,
+    total: float,
 ) -> dict[str, Any]:
-    """Everything that a table or a plot needs, in plain values."""
+    """Everything that a table or a plot needs, in plain values. ``total``: seconds of the whole run."""
     assert job.student is not None
-    total = time.perf_counter() - started
     synthesis, distillation = run.costs.synthesis, run.costs.distillation
     return {
         "fastdfkd": __version__,
@@ -318,6 +360,7 @@ def _report(
         "data": _data(given, data_dir),
         "pool": len(run.pool),
         "kd_steps": run.steps_taken,
+        "retries": run.retries,
         "peak_memory_bytes": peak_memory(job.machine.device),
         "quality": quality.to_dict() if quality is not None else None,
         "evaluation": scores,
@@ -362,6 +405,7 @@ def synthesize(
     resume: bool = False,
     overwrite: bool = False,
     shard_size: int = 1000,
+    checkpoint_every: float = CHECKPOINT_EVERY,
     device: str = "auto",
     amp: bool | None = None,
     compile: bool = False,
@@ -378,6 +422,8 @@ def synthesize(
         resume: go on with an unfinished set in ``output``, made with the same settings.
         overwrite: replace a folder that an earlier run left there.
         shard_size: images per tar file.
+        checkpoint_every: seconds between two times that images of no whole shard are saved too, at least; 0: only when
+            the run is asked to stop.
         others: as in :func:`distill`.
 
     Raises:
@@ -434,11 +480,19 @@ def synthesize(
             writer = stack.enter_context(DatasetWriter(output, overwrite=overwrite, **settings))
         method.prepare(opponent)
         run = Synthesis(
-            job.config, method, net, opponent, writer=writer, num_images=num_images, device=job.machine.device
+            job.config,
+            method,
+            net,
+            opponent,
+            writer=writer,
+            num_images=num_images,
+            device=job.machine.device,
+            checkpoint_every=checkpoint_every,
         )
-        for record in run:
-            if on_record is not None:
-                on_record(record)
+        with patiently():
+            for record in run:
+                if on_record is not None:
+                    on_record(record)
     return SynthesizeResult(Path(output), run.manifest)
 
 

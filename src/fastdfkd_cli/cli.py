@@ -26,7 +26,14 @@ from fastdfkd_cli.console import (
     print_values,
 )
 from fastdfkd_cli.errors import ThresholdError, UsageError
-from fastdfkd_cli.settings import join_number_lists, parse_duration, parse_input_size, parse_numbers, resolve
+from fastdfkd_cli.settings import (
+    join_number_lists,
+    parse_duration,
+    parse_input_size,
+    parse_interval,
+    parse_numbers,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from fastdfkd_cli.models import ModelOptions
@@ -178,6 +185,15 @@ Graphs = Annotated[
 Overwrite = Annotated[
     bool, _option("--overwrite", panel=_OUTPUT, help="Replace a folder that is not empty. Default: refuse it.")
 ]
+CheckpointEvery = Annotated[
+    str | None,
+    _option(
+        "--checkpoint-every",
+        panel=_OUTPUT,
+        metavar="TIME",
+        help="Save an unfinished run this often, such as 90s or 10m; 0: only when it is stopped. Default: 5m.",
+    ),
+]
 DryRun = Annotated[
     bool,
     _option("--dry-run", panel=_OUTPUT, help="Say what would be done, how large and how long it is, and stop."),
@@ -231,7 +247,17 @@ def distill(
             help="Folder for the student and its report. Default: ./STUDENT-from-TEACHER.",
         ),
     ] = None,
+    resume: Annotated[
+        str | None,
+        _option(
+            "--resume",
+            panel=_OUTPUT,
+            metavar="auto|DIR",
+            help="Go on with an unfinished run: that of --output, if there is one, or of a folder of checkpoints.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
+    checkpoint_every: CheckpointEvery = None,
     dry_run: DryRun = False,
     json: Json = False,
     rounds: Annotated[
@@ -308,6 +334,7 @@ def distill(
     budgets = {"--rounds": rounds, "--images": images, "--time-budget": time_budget}
     if len(given := [name for name, value in budgets.items() if value is not None]) > 1:
         raise UsageError(f"{' and '.join(given)} set the same budget: give one of them.")
+    every = parse_interval(checkpoint_every)
     name, overrides = _settings(
         ctx,
         recipe=recipe,
@@ -356,7 +383,15 @@ def distill(
         if dry_run:
             plan = api.plan_distill(teacher, student, **request)
         else:
-            result = api.distill(teacher, student, **request, compile=compile, graphs=graphs)
+            result = api.distill(
+                teacher,
+                student,
+                **request,
+                resume=resume,
+                checkpoint_every=every,
+                compile=compile,
+                graphs=graphs,
+            )
     if dry_run:
         _print_plan(plan, json)
         return
@@ -399,6 +434,7 @@ def synthesize(
     shard_size: Annotated[
         int, _option("--shard-size", panel=_OUTPUT, metavar="N", min=1, help="Images per tar file. Default: 1000.")
     ] = 1000,
+    checkpoint_every: CheckpointEvery = None,
     dry_run: DryRun = False,
     json: Json = False,
     recipe: RecipeName = None,
@@ -432,6 +468,7 @@ def synthesize(
     """
     if resume and overwrite:
         raise UsageError("--resume goes on with what is in the folder and --overwrite discards it: give one of them.")
+    every = parse_interval(checkpoint_every)
     name, overrides = _settings(
         ctx,
         recipe=recipe,
@@ -475,9 +512,10 @@ def synthesize(
             plan = api.plan_synthesize(teacher, **request)
         else:
             try:
-                result = api.synthesize(teacher, **request, compile=compile, graphs=graphs)
+                result = api.synthesize(teacher, **request, checkpoint_every=every, compile=compile, graphs=graphs)
             except KeyboardInterrupt as stop:
-                stop.add_note("whole shards stay in the folder: the same command with --resume goes on")
+                if not getattr(stop, "__notes__", None):
+                    stop.add_note("whole shards stay in the folder: the same command with --resume goes on")
                 raise
     if dry_run:
         _print_plan(plan, json)

@@ -6,21 +6,31 @@ writes nothing.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, Literal
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from fastdfkd_cli import losses
-from fastdfkd_cli.acceleration import EAGER, WARM_UP, Acceleration, Captured, checkpointed, statistics_held
+from fastdfkd_cli.acceleration import (
+    EAGER,
+    WARM_UP,
+    Acceleration,
+    Captured,
+    can_checkpoint,
+    checkpointed,
+    statistics_held,
+)
 from fastdfkd_cli.config import DistillationConfig, RunConfig
-from fastdfkd_cli.errors import FastDFKDError
+from fastdfkd_cli.errors import FastDFKDError, is_out_of_memory
 from fastdfkd_cli.methods import Synthesizer
 from fastdfkd_cli.pool import ImagePool, to_float
 from fastdfkd_cli.records import Phase, Record
@@ -32,6 +42,20 @@ DEFAULT_POOL_IMAGES = 100_000
 MIN_ROUNDS = 10
 #: Seconds between two records of a phase.
 RECORD_EVERY = 1.0
+#: How often a run whose figures stopped being finite is put back to its last round, and what the rate falls to.
+RETRIES = 3
+SLOWER = 0.25
+#: A KD loss beyond this is as good as not finite.
+EXPLODED = 1e6
+
+
+class Diverged(FastDFKDError):
+    """A figure stopped being finite, and what to lower."""
+
+    def __init__(self, what: str, section: Literal["distillation.lr", "synthesis.lr_generator"]) -> None:
+        super().__init__(f"{what}; nothing was exported. Lower {section}, or use --no-amp.")
+        self.what = what
+        self.section = section
 
 
 @dataclass
@@ -40,6 +64,15 @@ class Costs:
 
     synthesis: float = 0.0
     distillation: float = 0.0
+
+
+@dataclass
+class Position:
+    """Where a run stands: what is done of the round it is in."""
+
+    round: int = 0
+    batches: int = 0
+    kd_steps: int = 0
 
 
 @dataclass
@@ -58,13 +91,26 @@ class Clock:
     kd_steps_per_round: int
     #: Rounds after the warm-up until the generator's one renewal (0: never).
     renewal: int = 0
+    #: Whether the rounds that fit a time budget are known.
+    fitted: bool = False
     final_seconds: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
     distillation_started: float | None = None
+    started: float = field(default_factory=time.perf_counter)
 
     @property
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, with the time that has passed instead of the time of day."""
+        return {name: value for name, value in vars(self).items() if name != "started"} | {"elapsed": self.elapsed}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Clock:
+        """A clock that goes on from where :meth:`to_dict` was asked."""
+        values = dict(values)
+        elapsed = values.pop("elapsed")
+        return cls(**values, started=time.perf_counter() - elapsed)
 
     @property
     def out_of_time(self) -> bool:
@@ -82,6 +128,10 @@ class Clock:
             return step / total_steps
         begin = self.distillation_started or 0.0
         return min((self.elapsed - begin) / max(self.budget - begin, 1e-9), 1.0)
+
+
+def _nothing() -> None:
+    """Where nobody waits for a border."""
 
 
 def soft_labels(teacher: nn.Module, images: Tensor, amp: bool) -> Tensor:
@@ -148,6 +198,8 @@ class Student:
         self.average = None
         if config.average == "ema":
             self.average = ModelEmaV3(net, decay=config.average_decay, use_warmup=True)
+        #: Factor on the schedule's rate.
+        self.rate = 1.0
         self._answer: Callable[[Tensor], Tensor] = self._forward
         self._ask: Callable[[nn.Module, Tensor], Tensor] = partial(soft_labels, amp=amp)
         self._captured: _CapturedStep | None = None
@@ -185,6 +237,7 @@ class Student:
         else:
             position = (done - config.lr_warmup) / (1 - config.lr_warmup)
             rate = config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * min(position, 1.0))) / 2
+        rate *= self.rate
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
@@ -226,6 +279,31 @@ class Student:
         agreement = (teacher_logits.argmax(1) == student_logits.argmax(1)).float().mean()
         return loss.detach(), agreement
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights, statistics, momentum and average."""
+        state = {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
+        for index, parameter in enumerate(self.net.parameters()):
+            momentum = self.optimizer.state[parameter].get("momentum_buffer")
+            if momentum is not None:
+                state[f"momentum.{index}"] = momentum
+        if self.average is not None:
+            state |= {f"average.{name}": tensor for name, tensor in self.average.module.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state_dict` gave; every tensor stays where it is.
+
+        Raises:
+            ValueError: it is another student's.
+        """
+        own = self.state_dict()
+        strange = sorted({*own} ^ {*state}) or [name for name in own if own[name].shape != state[name].shape]
+        if strange:
+            raise ValueError(f"this state is another student's: {strange[0]}")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
     @contextmanager
     def tried(self) -> Iterator[None]:
         """Steps that are taken back: weights, statistics, momentum and average become again, in place, what they were.
@@ -255,9 +333,7 @@ class Student:
         self.net.eval()
         for name, tensor in self.net.state_dict().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise FastDFKDError(
-                    f"The student's {name} is not finite after training; nothing was exported. Lower distillation.lr."
-                )
+                raise Diverged(f"The student's {name} is not finite after training", "distillation.lr")
 
 
 class _CapturedStep:
@@ -308,7 +384,7 @@ class Distillation:
         acceleration: how KD steps may be made faster; synthesis has its own from its method.
 
     Raises:
-        FastDFKDError: a loss or a weight stopped being finite.
+        FastDFKDError: a loss or a weight stopped being finite, again and again at lower rates.
     """
 
     def __init__(
@@ -337,6 +413,13 @@ class Distillation:
         self.costs = Costs()
         self.images_made = 0
         self.steps_taken = 0
+        self.position = Position()
+        #: Called at every border at which the run can be saved and gone on with: after each batch and each KD step.
+        self.at_border: Callable[[], None] = _nothing
+        #: The returns to an earlier round: why, what was lowered, and the round.
+        self.retries: list[dict[str, Any]] = []
+        self.acceleration = acceleration
+        self._taken_up = self._distilling = False
         schedule = config.schedule
         self.clock = Clock(
             schedule.time_budget,
@@ -370,36 +453,59 @@ class Distillation:
         return pool
 
     def __iter__(self) -> Iterator[Record]:
-        self.clock.started = time.perf_counter()
-        if self.synthesizer is None and self.clock.budget is not None and self.label_views:
-            # Rounds have no end under a time budget: here it decides how often an image is drawn.
-            steps = int(self.clock.budget / self.time_kd_step())
-            self.label_views = label_views(self.config.distillation, images=len(self.pool), kd_steps=steps)
-        round_index = 0
-        while not self._finished(round_index):
-            distils = self.synthesizer is None or round_index >= self.clock.warmup_rounds or self.clock.out_of_time
-            if self.synthesizer is not None and not self.clock.is_final(round_index) and not self.clock.out_of_time:
-                if self._renews(round_index):
-                    self.synthesizer.renew()
-                yield from self._synthesize(distils)
-                # A time budget decides in the first round how long the warm-up is.
-                distils = distils or round_index >= self.clock.warmup_rounds
-            if distils:
-                yield from self._distil()
-            round_index += 1
-        # Most figures are never read (see _record_is_due); the last ones are, so that nothing broken is handed out.
-        self._check_finite("distillation", self.steps_taken, self._step_figures)
-        losses_then = self._check_finite("synthesis", self.images_made, self._batch_losses)
-        self.student.finish()
+        if not self._taken_up:
+            self.clock.started = time.perf_counter()
+            if self.synthesizer is None and self.clock.budget is not None and self.label_views:
+                # Rounds have no end under a time budget: here it decides how often an image is drawn.
+                steps = int(self.clock.budget / self.time_kd_step())
+                self.label_views = label_views(self.config.distillation, images=len(self.pool), kd_steps=steps)
+        self._remember()
+        while True:
+            try:
+                yield from self._rounds()
+                # Most figures are never read (see _record_is_due); the last ones are, so that nothing broken is handed
+                # out.
+                losses_then = self.check()
+                self.student.finish()
+                break
+            except Diverged as error:
+                self._slow_down(error)
+            except Exception as error:
+                if not is_out_of_memory(error) or not self._keep_less():
+                    raise
         if self.synthesizer is not None:
             rate = self.images_made / max(self.costs.synthesis, 1e-9)
             yield self._synthesis_record(rate=rate, values=losses_then)
         yield self._distillation_record(rate=self.steps_taken / max(self.costs.distillation, 1e-9))
 
-    def _finished(self, round_index: int) -> bool:
+    def _rounds(self) -> Iterator[Record]:
+        """Algorithm 1's outer loop, from where the run stands."""
+        position = self.position
+        while not self._finished():
+            distils = self._is_distilled(position.round)
+            # A run that is taken up within a round's KD steps has its batches.
+            if self.synthesizer is not None and not position.kd_steps and not self._synthesis_is_over():
+                if not position.batches and self._renews(position.round):
+                    self.synthesizer.renew()
+                yield from self._synthesize(distils)
+                # A time budget decides in the first round how long the warm-up is.
+                distils = distils or self._is_distilled(position.round)
+            if distils:
+                yield from self._distil()
+            position.round, position.batches, position.kd_steps = position.round + 1, 0, 0
+            self.check()
+            self._remember()
+
+    def _finished(self) -> bool:
         if self.clock.budget is not None:
             return self.clock.out_of_time and self.steps_taken > 0
-        return round_index >= self.clock.rounds
+        return self.position.round >= self.clock.rounds
+
+    def _is_distilled(self, round_index: int) -> bool:
+        return self.synthesizer is None or round_index >= self.clock.warmup_rounds or self.clock.out_of_time
+
+    def _synthesis_is_over(self) -> bool:
+        return self.clock.is_final(self.position.round) or self.clock.out_of_time
 
     def _renews(self, round_index: int) -> bool:
         after = self.clock.renewal
@@ -407,22 +513,20 @@ class Distillation:
 
     def _synthesize(self, distils: bool) -> Iterator[Record]:
         """A round's batches. The adversarial term counts only once the student is being trained."""
-        made = 0
+        position = self.position
         # Not a range: under a time budget the first batch decides how many a round has.
-        while made < self.clock.batches_per_round and not (made and self.clock.out_of_time):
+        while position.batches < self.clock.batches_per_round and not (position.batches and self.clock.out_of_time):
             began = time.perf_counter()
             count = self.synthesize_batch(with_student=distils)
             synchronize(self.device)
             seconds = time.perf_counter() - began
             self.costs.synthesis += seconds
-            made += 1
-            if self.clock.budget is not None and self.images_made == count:
+            position.batches += 1
+            if self.clock.budget is not None and not self.clock.fitted:
                 self._fit_schedule()
+            self.at_border()
             if self._record_is_due():
-                # A student that broke breaks the adversarial term too: name the cause before its effect.
-                self._check_finite("distillation", self.steps_taken, self._step_figures)
-                values = self._check_finite("synthesis", self.images_made, self._batch_losses)
-                yield self._synthesis_record(rate=count / seconds, values=values)
+                yield self._synthesis_record(rate=count / seconds, values=self.check())
 
     def synthesize_batch(self, with_student: bool) -> int:
         """Make one batch and put it into the pool; the number of its images. The device may still be at work on it.
@@ -431,6 +535,7 @@ class Distillation:
             with_student: whether the student takes part (the adversarial term).
         """
         assert self.synthesizer is not None
+        self._distilling = False
         batch = self.synthesizer.synthesize(self.student.net if with_student else None)
         self.pool.add(batch.images, batch.labels)
         self.images_made += len(batch.images)
@@ -441,14 +546,15 @@ class Distillation:
         """A round's KD steps (Algorithm 1, lines 17 to 20)."""
         if self.clock.distillation_started is None:
             self.clock.distillation_started = self.clock.elapsed
+        position = self.position
         began, steps_then, spent = time.perf_counter(), self.steps_taken, self.costs.distillation
-        for _ in range(self.clock.kd_steps_per_round):
-            if self.clock.out_of_time and self.steps_taken:
-                break
+        while position.kd_steps < self.clock.kd_steps_per_round and not (self.clock.out_of_time and self.steps_taken):
             self.kd_step()
+            position.kd_steps += 1
+            seconds = time.perf_counter() - began
+            self.costs.distillation = spent + seconds  # a round can take minutes, and progress is weighed by cost
+            self.at_border()
             if self._record_is_due():
-                seconds = time.perf_counter() - began
-                self.costs.distillation = spent + seconds  # a round can take minutes, and progress is weighed by cost
                 yield self._distillation_record(rate=(self.steps_taken - steps_then) / seconds)
         synchronize(self.device)
         self.costs.distillation = spent + time.perf_counter() - began
@@ -456,6 +562,7 @@ class Distillation:
     def kd_step(self) -> None:
         """Take one KD step on a batch drawn from the pool (lines 18 and 19); the device may still be at work on it."""
         config = self.config.distillation
+        self._distilling = True
         self._label_new_images()
         lr = self.student.set_learning_rate(self.clock.distilled(self.steps_taken, self._total_steps))
         images, logits = self.pool.sample(config.batch_size, self.rng, config.augmentation)
@@ -512,6 +619,7 @@ class Distillation:
         batches = (clock.rounds - round(final * clock.rounds)) * clock.batches_per_round
         self.pool.reserve(batches * self.config.synthesis.batch_size)
         clock.final_seconds = final * clock.rounds * clock.kd_steps_per_round * step_seconds
+        clock.fitted = True
 
     def time_kd_step(self) -> float:
         """Seconds of one KD step, measured on steps that are taken back."""
@@ -526,6 +634,122 @@ class Distillation:
                 synchronize(self.device)
                 seconds = min(seconds, time.perf_counter() - began)
         return seconds
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything the rest of the run depends on but the pool's images and soft labels, at a border.
+
+        The tensors are the run's own: they have to be copied before it goes on.
+        """
+        tensors = {f"student.{name}": tensor for name, tensor in self.student.state_dict().items()}
+        if self.synthesizer is not None:
+            tensors |= {f"method.{name}": tensor for name, tensor in self.synthesizer.state_dict().items()}
+        tensors["rng.draws"] = self.rng.get_state()
+        tensors["rng.cpu"] = torch.get_rng_state()  # dropout and the like
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        values = {
+            "position": vars(self.position),
+            "clock": self.clock.to_dict(),
+            "costs": vars(self.costs),
+            "images_made": self.images_made,
+            "steps_taken": self.steps_taken,
+            "label_views": self.label_views,
+            "pool": {"added": self.pool.added, "unlabelled": self.pool.unlabelled},
+            "rate": self.student.rate,
+            "retries": self.retries,
+        }
+        return tensors, values
+
+    def take_up(
+        self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        """Go on from what :meth:`state` and the pool's :meth:`~fastdfkd_cli.pool.ImagePool.parts` gave."""
+
+        self.clock = Clock.from_dict(values["clock"])
+        self.costs = Costs(**values["costs"])
+        self.label_views = values["label_views"]
+        self.retries = list(values["retries"])
+        self.pool.restore(parts, **values["pool"], augmentation=self.config.distillation.augmentation)
+        self._put_back(tensors, values)
+        self._taken_up = True
+
+    def _put_back(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Networks, position and random states as :meth:`state` gave them."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+        self.student.load_state_dict(part("student."))
+        self.student.rate = values["rate"]
+        if self.synthesizer is not None:
+            self.synthesizer.load_state_dict(part("method."))
+        self.position = Position(**values["position"])
+        self.images_made, self.steps_taken = values["images_made"], values["steps_taken"]
+        self.rng.set_state(tensors["rng.draws"])
+        torch.set_rng_state(tensors["rng.cpu"])
+        if self.device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+
+    def _remember(self) -> None:
+        """Note where to go back to if the next round breaks: at rounds, so that it does not depend on the clock."""
+        tensors, values = self.state()
+        self._good = {name: tensor.detach().clone() for name, tensor in tensors.items()}, copy.deepcopy(values)
+
+    def _go_back(self) -> None:
+        """Put the run back to its last good round."""
+        tensors, values = self._good
+        self._put_back(tensors, values)
+        self.pool.forget(values["pool"]["added"], values["pool"]["unlabelled"])
+        self._batch_losses, self._step_figures = {}, {}
+
+    def _slow_down(self, error: Diverged) -> None:
+        """Go back to the last good round, and on from there at a lower rate.
+
+        Raises:
+            FastDFKDError: that has been done often enough.
+        """
+        if len(self.retries) >= RETRIES:
+            raise FastDFKDError(
+                f"{error.what}, after {RETRIES} returns to an earlier round with a lower rate each; nothing was "
+                f"exported. Lower {error.section}, or use --no-amp."
+            ) from error
+        self._go_back()
+        if error.section == "distillation.lr" or self.synthesizer is None:
+            self.student.rate *= SLOWER
+        else:
+            self.synthesizer.slow_down(SLOWER)
+        self.retries.append({"reason": error.what, "section": error.section, "round": self.position.round})
+        self.acceleration.say(
+            f"{error.what}: back to round {self.position.round} with a quarter of {error.section} "
+            f"({len(self.retries)} of {RETRIES} times)"
+        )
+        self._remember()
+
+    def _keep_less(self) -> bool:
+        """After a KD step ran out of memory: have the student keep fewer activations; whether that was possible."""
+        # A batch of images that does not fit is the method's own affair.
+        if not self._distilling or self.student.acceleration.checkpoint or not can_checkpoint(self.student.net):
+            return False
+        # What half a step did to the running statistics is undone with the rest of the round.
+        self._go_back()
+        self.student.acceleration = replace(self.student.acceleration, checkpoint=True)
+        self.acceleration.say(
+            f"out of memory in a KD step: back to round {self.position.round}; the student keeps few activations and "
+            "computes the others twice from here"
+        )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What the memory decided."""
+        return {
+            "micro_batch": self.synthesizer.micro_batch if self.synthesizer is not None else 0,
+            "checkpoint": self.student.acceleration.checkpoint,
+        }
 
     # -- records ------------------------------------------------------------------------------------------------
 
@@ -580,20 +804,31 @@ class Distillation:
         whole = per_image * self.config.synthetic_images + per_step * self._total_steps
         return min((per_image * self.images_made + per_step * self.steps_taken) / whole, 1.0)
 
+    def check(self) -> dict[str, float]:
+        """Read the latest figures off the device, and return those of synthesis.
+
+        Raises:
+            FastDFKDError: one of them stopped being a number.
+        """
+        # A student that broke breaks the adversarial term too: name the cause before its effect.
+        self._check_finite("distillation", self.steps_taken, self._step_figures)
+        return self._check_finite("synthesis", self.images_made, self._batch_losses)
+
     @staticmethod
     def _check_finite(phase: str, step: int, figures: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Read figures off the device, and refuse those that stopped being numbers."""
         values = {name: float(value) for name, value in figures.items()}
         broken = [name for name, value in values.items() if not math.isfinite(value)]
+        unit = "image" if phase == "synthesis" else "step"
         if broken:
             # An adversarial term that breaks alone is the student's doing.
             student = phase == "distillation" or set(broken) == {"adversarial", "total"}
-            section = "distillation.lr" if student else "synthesis.lr_generator"
-            unit = "image" if phase == "synthesis" else "step"
-            raise FastDFKDError(
-                f"The {phase} loss stopped being finite at {unit} {step} ({', '.join(broken)}); nothing was "
-                f"exported. Lower {section}, or use --no-amp."
+            raise Diverged(
+                f"The {phase} loss stopped being finite at {unit} {step} ({', '.join(broken)})",
+                "distillation.lr" if student else "synthesis.lr_generator",
             )
+        if phase == "distillation" and values.get("loss", 0.0) > EXPLODED:
+            raise Diverged(f"The {phase} loss exploded at {unit} {step} ({values['loss']:.3g})", "distillation.lr")
         return values
 
 

@@ -49,10 +49,25 @@ def did_you_mean(word: str, known: Iterable[str], *, count: int = 3) -> str:
     return f" Did you mean {', '.join(close)}?" if close else ""
 
 
+#: How torch's allocator on the CPU says it, in a plain RuntimeError.
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device has no memory left."""
+    # torch's own error by its name: torch may not have been imported, and must not be for this.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+    )
+
+
 __all__ = [
     "FastDFKDError",
     "ThresholdError",
     "UnavailableError",
     "UsageError",
     "did_you_mean",
+    "is_out_of_memory",
 ]

@@ -258,19 +258,19 @@ def accelerated(
     graphs: bool,
     say: OnMessage,
     micro_batch: int = 0,
+    checkpoint: bool = False,
 ) -> Acceleration:
     """What this run may use to go faster, and how many images at a time fit the memory.
 
     Args:
         plan: what the run needs, where it is known.
-        micro_batch: what to take without a plan.
+        micro_batch, checkpoint: what to take without a plan.
 
     Raises:
         UsageError: graphs without a CUDA device.
     """
     if graphs and job.machine.device.type != "cuda":
         raise UsageError("--graphs needs a CUDA device: elsewhere there is nothing to record. Leave it out.")
-    checkpoint = False
     if plan is not None:
         available = available_memory(job.machine.device)
         needed = plan.get("synthesis_memory_bytes", plan["memory_bytes"])

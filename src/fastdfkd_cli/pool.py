@@ -9,7 +9,7 @@ Distillation Framework for Visual Recognition", ECCV 2022).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -84,8 +84,7 @@ class ImagePool:
         self._images = torch.empty(0, *image_size, dtype=torch.uint8, device=device)
         self._labels = torch.empty(0, dtype=torch.int64, device=device)
         self._soft: _SoftLabels | None = None
-        self._filled = 0
-        self._next = 0
+        self.added = 0  #: Images ever put in; the latest stand in the ring.
         self._unlabelled = 0  # of the newest images: those without soft labels
 
     @classmethod
@@ -94,11 +93,19 @@ class ImagePool:
         channels, height, width = images.shape[1:]
         pool = cls((channels, height, width), len(images), device)
         pool._images, pool._labels = images.to(device), labels.to(device)
-        pool._filled = pool._unlabelled = len(images)
+        pool.added = pool._unlabelled = len(images)
         return pool
 
     def __len__(self) -> int:
         return self._filled
+
+    @property
+    def _filled(self) -> int:
+        return min(self.added, self.capacity)
+
+    @property
+    def _next(self) -> int:
+        return self.added % self.capacity
 
     @property
     def newest(self) -> int:
@@ -154,8 +161,7 @@ class ImagePool:
         for rows, values in ((self._images, images), (self._labels, labels)):
             rows[self._next : self._next + behind] = values[:behind]
             rows[: count - behind] = values[behind:]
-        self._next = (self._next + count) % self.capacity
-        self._filled = needed
+        self.added += count
         self._unlabelled = min(self._unlabelled + count, needed)
 
     @property
@@ -229,6 +235,76 @@ class ImagePool:
         index = to_device(index, self.device)
         images, draws = self._images[index // views], self._soft.draws.flatten(0, 1)[index].T
         return apply_augmentation(images, augmentation, draws), self._soft.logits.flatten(0, 1)[index]
+
+    # -- what a checkpoint holds of it --------------------------------------------------------------------------
+
+    def parts(self, stored: Iterable[str], *, images: bool = True) -> dict[str, dict[str, Tensor] | None]:
+        """The pool as parts that never change, by name; None for those that are ``stored`` already.
+
+        An image is counted by how many were put in before it, so that a part's name says for good what it holds:
+        ``images-0-512`` or ``soft-0-512``. What only held images that made room for others is not among them.
+
+        Args:
+            images: whether the images belong to it, or come from elsewhere.
+        """
+        oldest, found = self.added - self._filled, dict[str, dict[str, Tensor] | None]()
+        ends = {"images": self.added if images else 0, "soft": self.added - self._unlabelled if self._soft else 0}
+        for kind, end in ends.items():
+            spans = [(*_span(name), name) for name in stored if name.startswith(f"{kind}-")]
+            found |= dict.fromkeys(name for _, stop, name in spans if stop > oldest)
+            start = max([oldest, *(stop for _, stop, _ in spans)])
+            if start < end:
+                rows = torch.arange(start, end, device=self.device) % self.capacity
+                found[f"{kind}-{start}-{end}"] = {name: rows_of[rows] for name, rows_of in self._rows(kind).items()}
+        return found
+
+    def _rows(self, kind: str) -> dict[str, Tensor]:
+        if kind == "images":
+            return {"images": self._images, "labels": self._labels}
+        assert self._soft is not None
+        return {"draws": self._soft.draws, "logits": self._soft.logits}
+
+    def restore(
+        self, parts: Mapping[str, Mapping[str, Tensor]], added: int, unlabelled: int, augmentation: Augmentation
+    ) -> None:
+        """Become the pool that :meth:`parts` was asked of, when ``added`` images had been put in.
+
+        Args:
+            parts: by name.
+            unlabelled: how many of the newest images had no soft labels.
+            augmentation: how the labelled variations were drawn.
+        """
+        self.added, self._unlabelled = added, unlabelled
+        if self._filled > len(self._images):
+            fresh = self._images.new_empty(self._filled, *self.image_size)
+            self._images, self._labels = fresh, self._labels.new_empty(self._filled)
+        oldest = added - self._filled
+        for name, tensors in parts.items():
+            start, stop = _span(name)
+            kind = name.partition("-")[0]
+            if kind == "soft" and self._soft is None:
+                draws, logits = tensors["draws"], tensors["logits"]
+                rows = len(self._images)
+                self._soft = _SoftLabels(
+                    augmentation,
+                    torch.empty(rows, *draws.shape[1:], dtype=draws.dtype, device=self.device),
+                    torch.empty(rows, *logits.shape[1:], dtype=logits.dtype, device=self.device),
+                )
+            places = torch.arange(max(start, oldest), stop, device=self.device) % self.capacity
+            for key, target in self._rows(kind).items():
+                target[places] = tensors[key][max(oldest - start, 0) :].to(self.device)
+
+    def forget(self, added: int, unlabelled: int) -> None:
+        """Be again the pool that had ``added`` images, ``unlabelled`` of them without soft labels.
+
+        Where later images took the places of earlier ones, they stay there.
+        """
+        self.added, self._unlabelled = added, unlabelled
+
+
+def _span(name: str) -> tuple[int, int]:
+    _, start, stop = name.split("-")
+    return int(start), int(stop)
 
 
 __all__ = ["ImagePool", "pool_bytes_per_image", "to_float", "to_uint8"]

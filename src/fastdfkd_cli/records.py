@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Phase = Literal["plan", "synthesis", "distillation", "evaluation", "quality", "export"]
@@ -30,4 +32,47 @@ class Record:
     values: Mapping[str, float] = field(default_factory=dict)
 
 
-__all__ = ["Phase", "Record"]
+class MetricsLog:
+    """Hands records on, and remembers them for ``metrics.jsonl``.
+
+    Each engine counts its own progress and time; what is said of the whole run never goes back.
+
+    Args:
+        on_record: takes each record as the whole run sees it.
+    """
+
+    def __init__(self, on_record: Callable[[Record], None] | None = None) -> None:
+        self.on_record = on_record
+        self._lines: list[str] = []
+        self._progress = 0.0
+        self._started = time.perf_counter()
+
+    def __call__(self, record: Record) -> None:
+        self._progress = max(self._progress, record.progress)
+        record = replace(record, progress=self._progress, elapsed=self.elapsed)
+        self._lines.append(json.dumps({**vars(record), "values": dict(record.values)}) + "\n")
+        if self.on_record is not None:
+            self.on_record(record)
+
+    def drain(self, records: Iterable[Record]) -> None:
+        for record in records:
+            self(record)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the whole run, earlier parts of an interrupted one included."""
+        return time.perf_counter() - self._started
+
+    def content(self) -> bytes:
+        """What ``metrics.jsonl`` holds: a JSON object a line."""
+        return "".join(self._lines).encode()
+
+    def restore(self, content: bytes, elapsed: float) -> None:
+        """Go on from an earlier :meth:`content`, which took so many seconds."""
+        self._lines = content.decode().splitlines(keepends=True)
+        if self._lines:
+            self._progress = json.loads(self._lines[-1])["progress"]
+        self._started -= elapsed
+
+
+__all__ = ["MetricsLog", "Phase", "Record"]

@@ -23,6 +23,10 @@ _TIME_BUDGET = "schedule.time_budget"
 _NO_RECIPE = "custom"
 
 
+#: Seconds between two checkpoints of an unfinished run, unless told otherwise.
+CHECKPOINT_EVERY = 300.0
+
+
 def parse_duration(text: str) -> float:
     """Return the seconds in ``90``, ``90s``, ``10m``, ``1.5h`` or ``1h30m``.
 
@@ -34,8 +38,19 @@ def parse_duration(text: str) -> float:
         raise UsageError(f"{text!r} is not a duration: write 90, 90s, 10m or 1h30m.")
     seconds = sum(float(match[unit] or 0) * scale for unit, scale in (("h", 3600), ("m", 60), ("s", 1)))
     if seconds <= 0:
-        raise UsageError(f"A time budget of {text!r} leaves no time: write 90, 90s, 10m or 1h30m.")
+        raise UsageError(f"{text!r} is no time at all: write 90, 90s, 10m or 1h30m.")
     return seconds
+
+
+def parse_interval(text: str | None) -> float:
+    """Return the seconds of ``--checkpoint-every``: a duration, 0 for never, or the default.
+
+    Raises:
+        UsageError: not such a duration.
+    """
+    if text is None:
+        return CHECKPOINT_EVERY
+    return 0.0 if text.strip() in ("0", "0s") else parse_duration(text)
 
 
 def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
@@ -194,6 +209,7 @@ __all__ = [
     "parse_assignments",
     "parse_duration",
     "parse_input_size",
+    "parse_interval",
     "parse_numbers",
     "read_config",
     "resolve",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdfkd_cli import __version__
+from fastdfkd_cli import __version__, stopping
 from fastdfkd_cli.background import HostCopy
 from fastdfkd_cli.config import RunConfig, to_dict
 from fastdfkd_cli.dataset import DatasetWriter, load_manifest
@@ -73,6 +73,8 @@ class Synthesis:
         student: for the adversarial term, or None.
         writer: the folder, new or taken up again.
         num_images: images that the folder shall hold at the end.
+        checkpoint_every: seconds between two times that what belongs to no whole shard is saved; 0: only when the run
+            is asked to stop.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Synthesis:
         writer: DatasetWriter,
         num_images: int,
         device: torch.device,
+        checkpoint_every: float = 0.0,
     ) -> None:
         self.config = config
         self.method = method
@@ -93,6 +96,8 @@ class Synthesis:
         self.writer = writer
         self.num_images = num_images
         self.device = device
+        self.checkpoint_every = checkpoint_every
+        self._due = time.perf_counter() + checkpoint_every
         self.manifest: dict[str, Any] = {}
         self._burned = 0
         #: Batches that nobody has looked at: images before each, and which of its loss terms and logits are finite.
@@ -124,8 +129,12 @@ class Synthesis:
                 self._watch(batch.losses, logits)
                 self.writer.add(images, batch.labels[:room], logits)
                 if self.writer.full:
-                    self.writer.flush_shard(state=self._state(), check=self._check())
+                    self._flush()
             now = time.perf_counter()
+            if stopping.asked():
+                self._stop()
+            if self.checkpoint_every and now >= self._due:
+                self._flush()
             if now - reported >= RECORD_EVERY:
                 reported = now
                 self._check()()
@@ -141,6 +150,20 @@ class Synthesis:
         }
         self.manifest = self.writer.close(state=self._state(), check=self._check(), summary=summary)
         yield self._record(made_before, seconds, {})
+
+    def _flush(self) -> None:
+        """Have whole shards written, and with them, or without any, from where to go on."""
+        self.writer.flush_shard(state=self._state(), check=self._check())
+        self._due = time.perf_counter() + self.checkpoint_every
+
+    def _stop(self) -> None:
+        """Keep what there is, and end the run as a signal has asked for."""
+        self._flush()
+        self.writer.wait()
+        made, folder = self.writer.num_images, self.writer.directory
+        if self.writer.replaces:
+            stopping.raise_if_asked(f"no shard was whole yet, and the earlier set stays in {folder}")
+        stopping.raise_if_asked(f"{made:,} images are kept in {folder}: the same command with --resume goes on")
 
     def _watch(self, losses: Mapping[str, Tensor], logits: Tensor | None = None) -> None:
         """Have the device note whether a batch's figures are numbers; :meth:`_check` reads the note.

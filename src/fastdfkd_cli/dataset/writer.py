@@ -330,6 +330,11 @@ class DatasetWriter:
         return sum(len(copy) for copy in self._waiting)
 
     @property
+    def replaces(self) -> bool:
+        """Whether an earlier set still stands in the folder, until the first shard is whole."""
+        return self._replaces
+
+    @property
     def full(self) -> bool:
         """Whether at least one whole shard waits: time for :meth:`flush_shard`."""
         return self.num_buffered >= self.shard_size

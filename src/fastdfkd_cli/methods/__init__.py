@@ -20,6 +20,11 @@ from fastdfkd_cli.methods.fast_meta import FastMeta
 class Synthesizer(Protocol):
     """Produces batches of images for a teacher, and can be stored and taken up again."""
 
+    @property
+    def micro_batch(self) -> int:
+        """Images that the teacher sees at a time; 0: the whole batch. It falls where memory runs out."""
+        ...
+
     def prepare(self, student: nn.Module | None = None) -> None:
         """Make ready for batches with ``student``, or without one: compile, reserve. No result depends on it."""
         ...
@@ -30,6 +35,10 @@ class Synthesizer(Protocol):
 
     def renew(self) -> None:
         """The schedule's one-time renewal of diversity (``synthesis.generator_reset_after``)."""
+        ...
+
+    def slow_down(self, factor: float) -> None:
+        """Multiply all learning rates, for a run whose images broke; part of the state."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:

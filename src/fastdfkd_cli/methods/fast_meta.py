@@ -14,6 +14,7 @@ The other rows of the paper's Table 5 are the same loop with three switches: ``r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,11 +23,15 @@ from torch import Tensor, nn
 from fastdfkd_cli import losses
 from fastdfkd_cli.acceleration import EAGER, Acceleration, Captured, to_device
 from fastdfkd_cli.augment import apply_augmentation, draw_augmentation
-from fastdfkd_cli.bn_stats import BatchNormStatistics
+from fastdfkd_cli.bn_stats import BatchNormStatistics, moments_of_all
 from fastdfkd_cli.config import RunConfig
+from fastdfkd_cli.distributed import sum_
+from fastdfkd_cli.errors import is_out_of_memory
 from fastdfkd_cli.generators import Generator, Pixels
 from fastdfkd_cli.methods.base import SyntheticBatch, frozen
 from fastdfkd_cli.pool import to_uint8
+from fastdfkd_cli.processes import ALONE, Group
+from fastdfkd_cli.synced_norm import sync_batch_norm
 
 
 class FastMeta:
@@ -35,6 +40,11 @@ class FastMeta:
     A batch is drawn on the CPU (latents, labels, augmentations) and then computed on the device from tensors that stay
     where they are: without a question to the device, a copy or a new optimiser in the loop, so that all k steps can be
     replayed as one CUDA graph.
+
+    Several processes (``group``) adapt one batch together, each its own part of it, and end with the same theta^: the
+    batch is then R times ``batch_size``. Its parts are tied together by the generator's BatchNorm, by the statistics
+    of the feature term and by the gradients in theta, which is what is exchanged in each of the k steps; latents are
+    each image's own and stay where they are.
     """
 
     def __init__(
@@ -48,6 +58,7 @@ class FastMeta:
         amp: bool,
         seed: int,
         acceleration: Acceleration = EAGER,
+        group: Group = ALONE,
     ) -> None:
         self.config = config.synthesis
         self.generator_config = config.generator
@@ -57,9 +68,15 @@ class FastMeta:
         self.device = device
         self.amp = amp
         self.acceleration = acceleration
+        self.group = group
         # Draws are made on the CPU, so that one seed means one set of latents and labels on every device.
-        self.rng = torch.Generator().manual_seed(seed)
+        self.rng = torch.Generator().manual_seed(group.seed(seed))
+        # What generators start from is drawn alike in all processes.
+        self.common_rng = torch.Generator().manual_seed(seed) if group.several else self.rng
         self.batches = 0
+        self._updating = False  # what the next batch starts from is being changed
+        #: Factor on all learning rates.
+        self.rate = 1.0
         self.statistics: BatchNormStatistics | None = None
         if self.config.feature_weight > 0:
             self.statistics = BatchNormStatistics(teacher, self.config.feature_momentum)
@@ -68,6 +85,7 @@ class FastMeta:
         self._ask: Callable[[Tensor], Tensor] = self._ask_student
         self.shared = self._new_generator()  # theta^: what is common to all images
         self.adapted = self._new_generator()  # theta: its copy, adapted to one batch
+        sync_batch_norm(self.adapted, group)
         self.shared_latent: Tensor | None = None  # z^, where it is kept between batches
         if self._keeps_latent:
             self.shared_latent = self._new_latent()
@@ -94,7 +112,7 @@ class FastMeta:
         # torch's layers draw their first weights from the global state: lend them one that follows from ours.
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: it would reset the states of all CUDA devices too.
-            torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=self.rng)))
+            torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=self.common_rng)))
             generator = Generator(self.generator_config, self.image_size)
         return generator.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
@@ -113,7 +131,8 @@ class FastMeta:
         # One kernel for all weights, where there is one; a step count on the device, which a graph can replay.
         fused = cuda or self.device.type == "cpu"
         betas = (self.config.beta1, self.config.beta2)
-        return torch.optim.Adam([g for g in groups if g["params"]], betas=betas, fused=fused, capturable=cuda)
+        groups = [{**group, "lr": group["lr"] * self.rate} for group in groups if group["params"]]
+        return torch.optim.Adam(groups, betas=betas, fused=fused, capturable=cuda)
 
     def _new_inner_optimizer(self) -> torch.optim.Adam:
         return self._adam(
@@ -163,16 +182,43 @@ class FastMeta:
             # What was recorded computes with the other one; in a run this happens once, when warm-up rounds end.
             self.student = student
             self._run = self._new_run()
-        self._reinitialise()
-        self._draw()
-        with frozen(student):
-            batch = self._run()
+        while True:
+            draws = self.rng.get_state()
+            try:
+                self._reinitialise()
+                self._draw()
+                with frozen(student):
+                    batch = self._run()
+                break
+            except Exception as error:
+                # With several processes the others are waiting further on: nothing can be done again.
+                if not is_out_of_memory(error) or self._updating or self.group.several or not self._split():
+                    raise
+                self.rng.set_state(draws)  # the same batch again
         self.batches += 1
         if not self._run.replays:
             return SyntheticBatch(batch.images, self.labels.clone(), batch.losses)
         # What a recording gives out is written over by its next run.
         terms = {name: term.clone() for name, term in batch.losses.items()}
         return SyntheticBatch(batch.images.clone(), self.labels.clone(), terms)
+
+    @property
+    def micro_batch(self) -> int:
+        return self.acceleration.micro_batch
+
+    def _split(self) -> bool:
+        """Have teacher and student see half as many images at a time; whether that was possible."""
+        before = self.acceleration.micro_batch or self.config.batch_size
+        if before == 1:
+            return False
+        size = (before + 1) // 2
+        self.acceleration.say(f"out of memory with {before} images at a time: teacher and student see {size} from here")
+        self.acceleration = replace(self.acceleration, micro_batch=size)
+        self.inner_optimizer.zero_grad(set_to_none=True)
+        self._run = self._new_run()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
 
     @torch.no_grad()
     def _draw(self) -> None:
@@ -213,10 +259,12 @@ class FastMeta:
         if config.keep == "last":  # Line 10: x* = G(z; theta), behind the last step
             with torch.no_grad(), self._autocast():
                 kept = SyntheticBatch(to_uint8(self.adapted(self.z)), self.labels, kept.losses)
+        self._updating = True
         if self.statistics is not None:
             assert moments is not None
             self.statistics.accumulate(moments)  # Eq. 14, once per batch
         self._update_shared(adapted, gradient_sums)  # Line 14
+        self._updating = False
         return kept
 
     def _autocast(self) -> torch.autocast:
@@ -239,11 +287,28 @@ class FastMeta:
         with self._autocast():
             images = self.adapted(self.z)
         if 0 < self.acceleration.micro_batch < len(images):
-            return images, *self._in_micro_batches(images, draws, student)
-        terms, moments = self._inversion_loss(images, self.labels, draws, student)
-        if terms["total"].requires_grad:  # without a student, an adversarial term alone leaves nothing to descend
-            terms["total"].backward()
-        return images, terms, moments
+            terms, moments = self._in_micro_batches(images, draws, student)
+        else:
+            terms, moments = self._inversion_loss(images, self.labels, draws, student)
+            if terms["total"].requires_grad:  # without a student, an adversarial term alone leaves nothing to descend
+                self._part(terms["total"]).backward()
+        return images, self._of_all(terms), moments
+
+    def _part(self, total: Tensor) -> Tensor:
+        """What this process adds to the loss of all, which is the mean of theirs."""
+        return total / self.group.world_size if self.group.several else total
+
+    @torch.no_grad()
+    def _of_all(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms of the whole batch; and put the whole batch's gradients in theta in the place of its parts'.
+
+        z's are whole: an image's loss is its own process's, divided by the number of all images.
+        """
+        if not self.group.several:
+            return terms
+        values = torch.stack([term.detach() for term in terms.values()]) / self.group.world_size
+        sum_(self.group, [values, *(p.grad for p in self.adapted.parameters() if p.grad is not None)])
+        return dict(zip(terms, values, strict=True))
 
     def _inversion_loss(
         self, images: Tensor, labels: Tensor, draws: Tensor, student: nn.Module | None, *, feature: bool = True
@@ -259,6 +324,7 @@ class FastMeta:
         total = torch.zeros((), device=self.device)
         if self.statistics is not None and feature:
             assert moments is not None
+            moments = moments_of_all(self.group, moments)
             terms["feature"] = self.statistics.loss(moments)
             total = total + config.feature_weight * terms["feature"]
         if config.class_weight > 0:
@@ -287,7 +353,7 @@ class FastMeta:
         terms: dict[str, Tensor] = {}
         moments, pull = None, None
         if self.statistics is not None:
-            moments = self._moments_of_parts(leaf, draws, parts, shares)
+            moments = moments_of_all(self.group, self._moments_of_parts(leaf, draws, parts, shares))
             variable = moments.clone().requires_grad_()
             terms["feature"] = self.statistics.loss(variable)
             (pull,) = torch.autograd.grad(self.config.feature_weight * terms["feature"], variable)
@@ -298,7 +364,7 @@ class FastMeta:
             if here is not None and moments is not None and pull is not None:
                 total = total + share * _linearised(here, moments, pull)
             if total.requires_grad:
-                total.backward()
+                self._part(total).backward()
             for name, term in found.items():
                 sums[name] = sums.get(name, 0) + share * term.detach()
         if leaf.grad is not None:
@@ -393,7 +459,15 @@ class FastMeta:
     def renew(self) -> None:
         """Draw the shared generator's first layer anew (pixels have none)."""
         if isinstance(self.shared, Generator):
-            self.shared.reinitialise_stem(self.rng)
+            self.shared.reinitialise_stem(self.common_rng)
+
+    def slow_down(self, factor: float) -> None:
+        """Multiply all learning rates."""
+        self.rate *= factor
+        for optimizer in (self.inner_optimizer, self.meta_optimizer):
+            for group in optimizer.param_groups if optimizer is not None else ():
+                group["lr"] *= factor
+        self._run = self._new_run()  # a recording has the rates in it
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -408,7 +482,10 @@ class FastMeta:
         if self.statistics is not None:
             state.update({f"statistics.{name}": value for name, value in self.statistics.state_dict().items()})
         state["rng"] = self.rng.get_state()
+        if self.group.several:
+            state["common_rng"] = self.common_rng.get_state()
         state["batches"] = torch.tensor(self.batches)
+        state["rate"] = torch.tensor(self.rate, dtype=torch.float64)
         return {name: tensor.detach().clone() for name, tensor in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -420,7 +497,8 @@ class FastMeta:
         self.shared.load_state_dict(part("shared."))
         if self.shared_latent is not None:
             self.shared_latent.copy_(state["shared_latent"])
-        self.meta_optimizer = self._new_meta_optimizer()
+        self.rate = float(state["rate"])
+        self.inner_optimizer, self.meta_optimizer = self._new_inner_optimizer(), self._new_meta_optimizer()
         if self.meta_optimizer is not None:
             entries: dict[int, dict[str, Tensor]] = {}
             parameters = [p for group in self.meta_optimizer.param_groups for p in group["params"]]
@@ -435,6 +513,8 @@ class FastMeta:
         if self.statistics is not None:
             self.statistics.load_state_dict({k: v.to(self.device) for k, v in part("statistics.").items()})
         self.rng.set_state(state["rng"].cpu())
+        if self.group.several:
+            self.common_rng.set_state(state["common_rng"].cpu())
         self.batches = int(state["batches"])
 
     def close(self) -> None:
