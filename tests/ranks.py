@@ -349,7 +349,7 @@ def check_synthesis(group: Any) -> dict[str, Any]:
         alone = FastMeta(config(synthesis__batch_size=8, **changes), teacher(), group=ALONE, **keywords)
         _hand_over(mine, alone, gathered)
         student = net(seed=7)
-        pixels, losses, made_here = 0, [], []
+        pixels, losses, gradients, made_here = 0, [], [], []
         for batch in range(3):
             if renews and batch == 1:
                 mine.renew()
@@ -363,6 +363,8 @@ def check_synthesis(group: Any) -> dict[str, Any]:
             pixels = max(pixels, int(difference.abs().max()))
             assert torch.equal(made.labels, part(group, expected.labels))
             made_here.append(made.images)
+            # Adam hides a factor on them.
+            gradients.append(worst(mine.z.grad, part(group, alone.z.grad)))
             losses.append(worst([*made.losses.values()], [expected.losses[key] for key in made.losses]))
         # The bias in front of a BatchNorm has no gradient but rounding, of which Adam makes full steps.
         weights = {k: v.detach() for k, v in mine.shared.named_parameters() if k != "stem.bias"}
@@ -375,9 +377,15 @@ def check_synthesis(group: Any) -> dict[str, Any]:
             latent = worst(mine.shared_latent, part(group, alone.shared_latent))
         mine.close(), alone.close()
         results[name] = {
-            "pixels": pixels, "losses": max(losses), "weights": moved, "statistics": accumulated, "latent": latent,
-            "same": same, "images": distributed.fingerprint(made_here),
-        }  # fmt: skip
+            "pixels": pixels,
+            "losses": max(losses),
+            "gradients": max(gradients),
+            "weights": moved,
+            "statistics": accumulated,
+            "latent": latent,
+            "same": same,
+            "images": distributed.fingerprint(made_here),
+        }
     return results
 
 

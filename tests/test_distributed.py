@@ -72,6 +72,7 @@ def test_synthesis_is_that_of_one_process_with_the_whole_batch(equal: list[dict[
         for name, found in result["synthesis"].items():
             assert found["pixels"] <= 1, name  # a rounded half
             assert found["losses"] < 1e-5, name
+            assert found["gradients"] < 1e-3, name
             assert found["statistics"] < 1e-5, name
             assert found["latent"] < 1e-5, name
             assert found["weights"] < 2e-4, name  # a full step of Adam is 3e-3
