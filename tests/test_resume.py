@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -266,6 +269,85 @@ def test_a_broken_run_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         )
     with pytest.raises((UsageError, UnavailableError)):
         api.distill(teacher(), net(1), **request(path, resume=checkpoint_folder(path)))
+
+
+def stopped_run(path: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Path:
+    with monkeypatch.context() as patch:
+        asking_at(4, patch)
+        with pytest.raises(Stopped):
+            api.distill(teacher(), net(1), **request(path, **more))
+    return checkpoint_folder(path)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    api.distill(teacher(), net(1), **request(tmp_path / "whole"))
+    folder = stopped_run(tmp_path / "parts", monkeypatch, checkpoint_every=1e-9)
+    newest = sorted(folder.glob("checkpoint-*.safetensors"))[-1]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content if damage == "flipped" else content[:-7])
+    said: list[str] = []
+    api.distill(teacher(), net(1), **request(tmp_path / "parts", resume="auto", on_message=said.append))
+    words = "damaged" if damage == "flipped" else "truncated"
+    assert any(newest.name in line and words in line and "going on from checkpoint" in line for line in said), said
+    assert_same_student(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("key", ["position", "parts", "clock", "tensor"])
+def test_a_checkpoint_that_somebody_else_wrote_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    folder = stopped_run(tmp_path / "s", monkeypatch)
+    take_up = Distillation.take_up
+
+    def other(self: Distillation, tensors: Any, values: Any, parts: Any) -> None:
+        if key == "tensor":
+            tensors = {**tensors, "student.net.fc.weight": torch.zeros(1)}
+        elif key == "parts":
+            parts = {"images-x-y": {}}
+        else:
+            values = {**values, key: {"surprise": 1}}
+        take_up(self, tensors, values, parts)
+
+    monkeypatch.setattr(Distillation, "take_up", other)
+    with pytest.raises(UnavailableError, match="does not fit this run") as error:
+        api.distill(teacher(), net(1), **request(tmp_path / "s", resume="auto"))
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list(folder.iterdir())
+
+
+COMMAND = [
+    sys.executable, "-m", "fastdfkd_cli", "distill", "--teacher", "builtin/digits", "--student", "cifar/wrn10_1",
+    "--recipe", "digits", "--images", "512", "--set", "quality_images=0", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("signum", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+def test_the_command_saves_when_it_is_asked_to_stop(tmp_path: Path, signum: int, code: int, name: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [*COMMAND, "--output", str(tmp_path / "s")]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        read = []
+        for line in process.stderr:
+            read.append(line)
+            if "%]" in line:  # the first line of progress
+                process.send_signal(signum)
+                break
+        out, rest = process.communicate(timeout=60)
+    assert process.returncode == code, "".join(read) + rest
+    assert out == ""
+    assert "finishing the step and saving; once more to stop at once" in rest
+    last = rest.splitlines()[-1]
+    assert last.startswith(f"fastdfkd: interrupted: stopped by {name}; ")
+    assert last.endswith(f"are kept in {tmp_path / 's.checkpoints'}: the same command with --resume auto goes on.")
+    again = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=60)
+    assert again.returncode == 2
+    assert "--resume auto" in again.stderr.splitlines()[-1]
 
 
 def test_what_memory_decided_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,8 @@ def distill(
                 scores = _judge(job, judge, say, log)
             except FastDFKDError as error:
                 failure = error  # the student is finished: it is not lost to a damaged picture
-            report = _report(job, run, given, data_dir, quality, scores, log.elapsed)
+            held_up = checkpoints.seconds if checkpoints is not None else 0.0
+            report = _report(job, run, given, data_dir, quality, scores, held_up, log.elapsed)
             if output is not None:
                 with StagedDirectory(output, overwrite) as folder:
                     write_bytes(folder / "metrics.jsonl", log.content())
@@ -236,7 +237,7 @@ def _noting(checkpoints: Checkpoints | None) -> Iterator[None]:
         if checkpoints is not None and checkpoints.folder.exists():
             kept = f"the last checkpoint is kept in {checkpoints.folder}: --resume auto goes on with it"
             if isinstance(end, FastDFKDError):
-                end.args = (f"{end} {kept[0].upper()}{kept[1:]}.",)
+                end.args = FastDFKDError(f"{end} {kept[0].upper()}{kept[1:]}.").args
             elif not getattr(end, "__notes__", None):
                 end.add_note(kept)
         raise
@@ -338,9 +339,15 @@ def _report(
     data_dir: str | Path | None,
     quality: Quality | None,
     scores: dict[str, Any] | None,
+    held_up: float,
     total: float,
 ) -> dict[str, Any]:
-    """Everything that a table or a plot needs, in plain values. ``total``: seconds of the whole run."""
+    """Everything that a table or a plot needs, in plain values.
+
+    Args:
+        held_up: seconds that the run waited for its checkpoints, which are part of synthesis and distillation.
+        total: seconds of the whole run.
+    """
     assert job.student is not None
     synthesis, distillation = run.costs.synthesis, run.costs.distillation
     return {
@@ -353,6 +360,7 @@ def _report(
         "seconds": {
             "synthesis": round(synthesis, 2),
             "distillation": round(distillation, 2),
+            "checkpoints": round(held_up, 2),
             "other": round(total - synthesis - distillation, 2),
             "total": round(total, 2),
         },

@@ -18,6 +18,7 @@ from fastdfkd_cli.checkpoint import Checkpoints, Loaded
 from fastdfkd_cli.config import RunConfig, to_dict
 from fastdfkd_cli.dataset import SyntheticSet
 from fastdfkd_cli.distillation import Distillation
+from fastdfkd_cli.errors import UnavailableError
 from fastdfkd_cli.models import LoadedModel
 from fastdfkd_cli.records import MetricsLog
 
@@ -61,11 +62,21 @@ class Keeper:
         self._due = time.perf_counter() + every
 
     def take_up(self, latest: Loaded) -> None:
-        """Put the run and its metrics where ``latest`` was saved."""
-        names = latest.values["parts"]
-        self.run.take_up(latest.tensors, latest.values["run"], {name: latest.segment(name) for name in names})
-        self.log.restore(latest.tensors["metrics"].numpy().tobytes(), latest.values["elapsed"])
-        self._parts = set(names)
+        """Put the run and its metrics where ``latest`` was saved.
+
+        Raises:
+            UnavailableError: what it holds does not fit the run, checksums or not: somebody else wrote it.
+        """
+        try:
+            names = latest.values["parts"]
+            self.run.take_up(latest.tensors, latest.values["run"], {name: latest.segment(name) for name in names})
+            self.log.restore(latest.tensors["metrics"].numpy().tobytes(), float(latest.values["elapsed"]))
+            self._parts = set(names)
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UnavailableError(
+                f"Checkpoint {latest.number} in {self.checkpoints.folder} does not fit this run ({error}): give "
+                "--overwrite to begin anew."
+            ) from error
 
     def at_border(self) -> None:
         """Save if it is time, or if the run is asked to stop; then stop it.
