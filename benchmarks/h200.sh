@@ -19,6 +19,12 @@ part() { # name, seconds, arguments of speed.py
 
 row=(--recipe cifar10-wrn402-wrn162-k5 --student cifar/wrn16_2)
 "$PYTHON" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' | tee "$OUT/machine.txt"
+if "$PYTHON" -c 'import pytest' 2> /dev/null; then
+    echo "== tests"
+    timeout --kill-after=5 60 "$PYTHON" -m pytest -q tests/test_cuda.py 2>&1 | tail -40 | tee "$OUT/tests.log"
+else
+    echo "pytest is not installed: tests/test_cuda.py was not run" | tee "$OUT/tests.log"
+fi
 part published-tenth 60 --published --graphs --rounds 22
 part speed 110 "${row[@]}" --graphs --columns plain float32 ours
 part large 90 --large --graphs --repeats 3
