@@ -20,13 +20,14 @@ from torch import Tensor
 from fastdfkd_cli import api, distillation, stopping
 from fastdfkd_cli.checkpoint import Checkpoints
 from fastdfkd_cli.config import RunConfig
-from fastdfkd_cli.distillation import Distillation
+from fastdfkd_cli.distillation import Distillation, Student
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.models import ModelOptions
 from fastdfkd_cli.pool import ImagePool
 from fastdfkd_cli.resume import checkpoint_folder
 from fastdfkd_cli.stopping import Stopped
+from test_distillation import FakeTime
 from tiny import CLASSES, SIZE, config, net, teacher
 
 CPU = torch.device("cpu")
@@ -114,6 +115,32 @@ def test_a_run_goes_on_from_any_border_to_the_same_student(variant: dict[str, An
         assert found.keys() == whole.keys()
         assert all(torch.equal(whole[name], found[name]) for name in whole), border
     assert borders > 2
+
+
+def test_a_time_budget_counts_the_time_that_was_worked(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeTime()
+    monkeypatch.setattr(distillation, "time", clock)
+
+    def slow(fast: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def timed(*given: Any, **more: Any) -> Any:
+            clock.now += seconds
+            return fast(*given, **more)
+
+        return timed
+
+    monkeypatch.setattr(Student, "learn", slow(Student.learn, 0.1))
+    monkeypatch.setattr(Distillation, "synthesize_batch", slow(Distillation.synthesize_batch, 0.001))
+    settings = config(schedule__time_budget=3.0)
+    kept = left_at(engine(settings), 12)
+    assert kept is not None
+    clock.now += 1000
+    run = engine(settings)
+    run.take_up(*kept)
+    before = run.steps_taken
+    list(run)
+    assert before > 0
+    assert 25 <= run.steps_taken <= 27  # and three that were timed, and the batches
+    assert 3.0 <= run.clock.elapsed < 3.15
 
 
 def test_a_part_of_the_pool_is_stored_once_and_dropped_with_its_images() -> None:
