@@ -219,14 +219,14 @@ def check_reductions(group: Any) -> dict[str, Any]:
     mine = part(group, x)
     mean, var = distributed.merged_moments(group, mine.mean(0), mine.var(0, correction=0))
     agreement = distributed.Agreement(group, every=0.0)
-    stops = [agreement(rank == size - 1 and step == 3)[0] for step in range(5)]
+    stops = [agreement(15 if rank == size - 1 and step == 3 else 2 * (rank == 0 and step == 3))[0] for step in range(5)]
     often = distributed.Agreement(group, every=0.02)
     asked, answers, clocks = False, [], []
     for step in range(40):
         asked = asked or (rank == 0 and step >= 11)  # a request stays
         time.sleep(0.001 * (1 + rank))
-        stop, seconds = often(asked)
-        answers.append(stop)
+        request, seconds = often(2 * asked)
+        answers.append(request)
         clocks.append(seconds)
     try:
         distributed.require_same(group, "recipe", f"{rank == 1}")
@@ -508,8 +508,8 @@ def interrupted(group: Any, _: list[int]) -> None:
         agreement = Agreement(group, every=0.01)
         for step in range(1000):
             time.sleep(0.001)
-            stop, _ = agreement(group.rank == 1 and step > 20)
-            if stop:
+            request, _ = agreement(signal.SIGINT if group.rank == 1 and step > 20 else 0)
+            if request:
                 raise KeyboardInterrupt
 
 

@@ -473,7 +473,8 @@ class Agreement:
     """What all processes have to decide alike, though each has its own clock and gets its own signals.
 
     Called once a step by all of them; answers alike in all of them. They talk about it a few times a second, after a
-    number of steps that rank 0 chooses: a message at every step would be felt where steps are short.
+    number of steps that rank 0 chooses: a message at every step would be felt where steps are short. A request has to
+    be repeated until it is answered.
 
     Args:
         group: whose.
@@ -489,31 +490,34 @@ class Agreement:
         self._until = 0
         self._steps = 0
         self._started = self._last = time.perf_counter()
-        self._stop = False
+        self._request = 0
         self._seconds = 0.0
 
-    def __call__(self, asked: bool) -> tuple[bool, float]:
-        """Whether all are to stop here, because any was ``asked`` to; and seconds on rank 0's clock since the start.
+    def __call__(self, request: int) -> tuple[int, float]:
+        """The largest request of any process (0: none), and seconds on rank 0's clock since the start.
 
         With a single process both are its own, of this moment. Otherwise they are those of the last message.
+
+        Args:
+            request: the number of a signal that asks this process to stop, say; 0 or more.
         """
         if not self.group.several:
-            return asked, time.perf_counter() - self._started
+            return request, time.perf_counter() - self._started
         if self._until > 0:
             self._until -= 1
-            return self._stop, self._seconds
+            return self._request, self._seconds
         now = time.perf_counter()
         per_step = (now - self._last) / max(self._steps, 1)
         next_steps = min(max(int(self.every / max(per_step, 1e-9)), 1), self.MOST)
         leader = [now - self._started, next_steps] if self.group.leads else [0.0, 0.0]
-        message = torch.tensor([float(asked), *leader], dtype=torch.float64)
-        _all_reduce(message)
-        stop, self._seconds, steps = message.tolist()
-        self._stop = stop > 0
-        self._steps = int(steps)
+        message = torch.tensor([float(request), *leader], dtype=torch.float64)
+        with _messages():
+            dist.all_reduce(message, dist.ReduceOp.MAX)
+        asked, self._seconds, steps = message.tolist()
+        self._request, self._steps = int(asked), int(steps)
         self._until = self._steps - 1
         self._last = now
-        return self._stop, self._seconds
+        return self._request, self._seconds
 
 
 __all__ = [

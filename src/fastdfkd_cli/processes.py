@@ -30,6 +30,8 @@ class Group:
     world_size: int = 1
     #: The rank among the processes of the same machine, which decides the GPU.
     local_rank: int = 0
+    #: How many processes share the machine, and its memory.
+    local_size: int = 1
 
     @property
     def several(self) -> bool:
@@ -75,13 +77,15 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Group:
     local_rank = _number(environment, "LOCAL_RANK", 0)
     if world_size > 1:
         _number(environment, "MASTER_PORT", 0)
+    local_size = _number(environment, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else world_size
     if rank >= world_size:
         raise UsageError(f"RANK={rank} in the environment is not below WORLD_SIZE={world_size}: start with torchrun.")
-    if local_rank >= world_size:
+    if local_rank >= local_size or local_size > world_size:
         raise UsageError(
-            f"LOCAL_RANK={local_rank} in the environment is not below WORLD_SIZE={world_size}: start with torchrun."
+            f"LOCAL_RANK={local_rank} and LOCAL_WORLD_SIZE={local_size} in the environment do not go with "
+            f"WORLD_SIZE={world_size}: start with torchrun."
         )
-    return Group(rank=rank, world_size=world_size, local_rank=local_rank)
+    return Group(rank=rank, world_size=world_size, local_rank=local_rank, local_size=local_size)
 
 
 def _number(environment: Mapping[str, str], name: str, least: int) -> int:
