@@ -137,6 +137,20 @@ def test_work_is_divided(equal: list[dict[str, Any]]) -> None:
     assert max(shares) - min(shares) <= 1
 
 
+def test_what_is_sent_is_what_the_documentation_counts() -> None:
+    import scaling
+
+    setting = scaling.SETTINGS[0]
+    _, student = scaling.networks(setting)
+    widths = [layer.num_features for layer in student.modules() if isinstance(layer, nn.BatchNorm2d)]
+    weights = sum(parameter.numel() for parameter in student.parameters())
+    sent = scaling.messages(setting)
+    statistics, derivatives = [16 * width for width in widths], [8 * width for width in reversed(widths)]
+    assert sorted(sent["KD step"]) == sorted([*statistics, *derivatives, 4 * weights])
+    assert len(sent["KD step"]) == 27
+    assert (len(sent["inner step"]), sum(sent["inner step"])) == (8, 9_366_556)
+
+
 # A common end
 
 

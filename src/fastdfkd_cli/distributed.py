@@ -236,9 +236,11 @@ class _Lifeline:
         """Go; rank 0, which may serve the table, after the others that still can."""
         with suppress(RuntimeError):
             self.store.set(f"left/{self.group.rank}", "")
-            if failed and self.group.leads:
-                others = [f"left/{rank}" for rank in range(1, self.group.world_size)]
-                self.store.wait(others, timedelta(seconds=5 * self.beat))
+            others = [f"left/{rank}" for rank in range(1, self.group.world_size)]
+            for _ in range(50 if failed and self.group.leads else 0):
+                if self.store.check(others):
+                    break
+                time.sleep(self.beat / 10)
 
     def raise_once(self, error: BaseException) -> NoReturn:
         """Raise what this process failed with, unless another one says just that.
