@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastdfkd_cli import console
+from fastdfkd_cli.errors import UsageError
 from fastdfkd_cli.records import Phase, Record
 
 
@@ -212,3 +213,49 @@ def test_messages_come_after_what_led_to_them(capfd: pytest.CaptureFixture[str])
         progress.record(record(step=2))
         progress.message("done")
     assert [line.split()[-1] for line in capfd.readouterr().err.splitlines()] == ["left", "left", "done"]
+
+
+#: Colours, a title, an erased screen (also with the 8-bit introducer), a changed direction, half a character.
+HOSTILE = "a\x1b[31mb\x1b]0;owned\x07c\x9b2Jd\u202ee\udcfff\x7fg"
+SHOWN = "a\\x1b[31mb\\x1b]0;owned\\x07c\\x9b2Jd\\u202ee\\udcfff\\x7fg"
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_nothing_that_is_printed_acts_on_the_terminal(
+    live: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")  # so that Rich, too, acts on nothing
+    console.print_error(HOSTILE)
+    console.print_line(HOSTILE)
+    console.print_values({"teacher": {"name": HOSTILE}, HOSTILE: [HOSTILE]})
+    console.print_columns(("name", "about"), [(HOSTILE, HOSTILE)])
+    console.print_table("Student", {HOSTILE: HOSTILE})
+    monkeypatch.setattr("sys.stderr.isatty", lambda: live)
+    console.print_summary("Student", HOSTILE, {"model": HOSTILE}, as_json=None)
+    console.Progress(live=False).message(HOSTILE)
+    out, err = capsys.readouterr()
+    assert out.count(SHOWN) == 8
+    assert "".join(err.split()).count(SHOWN) == 4 + 2 * live
+    assert all(char == "\n" or char.isprintable() for char in out + err)
+
+
+def test_json_holds_nothing_that_acts_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_json({"name": HOSTILE})
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"name": HOSTILE}
+    assert all(char == "\n" or char.isprintable() for char in out)
+
+
+def test_letters_that_a_stream_does_not_know_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", screen)
+    console.print_line("na\u00efve")
+    screen.seek(0)
+    assert screen.read() == "na\\xefve\n"
+
+
+def test_a_message_is_one_printable_line_of_bounded_length() -> None:
+    assert str(UsageError(f"a\n  b {HOSTILE}")) == f"a b {SHOWN}"
+    long = str(UsageError("The name " + "x" * 10_000 + " is too long: choose a shorter one."))
+    assert len(long) < 1000
+    assert long.endswith(" is too long: choose a shorter one.")

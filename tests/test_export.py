@@ -14,6 +14,8 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -328,6 +330,34 @@ def test_names_from_elsewhere_cannot_write_the_card(teacher: LoadedModel, studen
         if "<script>" in line:
             assert line.count("`") >= 4 or line.startswith("license_name")  # in a code span, or in the front matter
     assert "| top1 | 93.125 |" in card
+
+
+@given(st.text(st.characters(), max_size=30))
+def test_no_name_makes_the_card_act(name: str) -> None:
+    """On a terminal, or as another line, a link, a tag or a table's column."""
+    net = Mine()
+    student, teacher = (model(net, name=name, reference=name, license=name) for _ in range(2))
+    plain, card = (
+        model_card(each, each, {"data": {"path": said, "synthetic": True}, "evaluation": {"dataset": said}})
+        for each, said in ((replace(student, name="x", reference="x", license="x"), "x"), (teacher, name))
+    )
+    body, plain_body = (text.split("\n---\n", 1)[1] for text in (card, plain))
+    assert len(body.splitlines()) == len(plain_body.splitlines())
+    assert all(char == "\n" or char.isprintable() for char in card)
+    for line, usual in zip(body.splitlines(), plain_body.splitlines(), strict=True):
+        assert line[:1] == usual[:1]
+        if usual.startswith("|"):
+            assert line.replace(r"\|", "").count("|") == usual.count("|")
+
+
+def test_a_name_that_is_not_utf8_is_written_with_escapes(tmp_path: Path, student: LoadedModel) -> None:
+    odd = replace(student, name="x (\udcff.pth)", class_names=tuple("abcd\udcff"))
+    export_student(odd, tmp_path, teacher=odd, report={"data": {"path": "\udcff", "synthetic": True}})
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["teacher"] == "x (\\udcff.pth)"
+    assert json.loads(metadata["classes"])[-1] == "\udcff"
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["label_names"][-1] == "\udcff"
 
 
 def test_the_card_claims_no_synthesis_for_a_folder_of_pictures(teacher: LoadedModel, student: LoadedModel) -> None:

@@ -11,7 +11,16 @@ import pytest
 
 from fastdfkd_cli import output
 from fastdfkd_cli.errors import FastDFKDError, UsageError
-from fastdfkd_cli.output import StagedDirectory, safe_code, safe_text, sha256_file, write_bytes, write_json
+from fastdfkd_cli.output import (
+    StagedDirectory,
+    is_own_folder,
+    safe_code,
+    safe_text,
+    sha256_file,
+    user_path,
+    write_bytes,
+    write_json,
+)
 
 
 def own_folder(path: Path, text: str = "old") -> Path:
@@ -253,3 +262,39 @@ def test_text_from_elsewhere_stays_text_in_markdown() -> None:
     assert safe_text("naïve 猫 1.5") == "naïve 猫 1.5"
     assert safe_code("a\nb") == "`a b`"
     assert safe_code("x `rm` y") == "`` x `rm` y ``"
+
+
+def test_an_address_does_not_become_a_link() -> None:
+    assert safe_text("see https://example.org/a.b") == r"see https\://example.org/a.b"
+    assert safe_text("www.example.org") == r"www\.example.org"
+    assert safe_text("hf-hub:owner/repo v1.2") == "hf-hub:owner/repo v1.2"
+
+
+def test_json_files_hold_nothing_that_acts_on_a_terminal(tmp_path: Path) -> None:
+    values = {"name": "na\u00efve \u732b \x1b[2J \x9b2J \u202e \x7f", "file": "not UTF-8: \udcff"}
+    write_json(tmp_path / "report.json", values)
+    text = (tmp_path / "report.json").read_text(encoding="utf-8")
+    assert json.loads(text) == values
+    assert "na\u00efve \u732b" in text
+    assert all(char == "\n" or char.isprintable() for char in text)
+
+
+@pytest.mark.parametrize("name", ["grids", "state"])
+def test_a_link_in_a_runs_folder_is_nobodys(tmp_path: Path, name: str) -> None:
+    """What the next run writes into it would land elsewhere."""
+    folder = own_folder(tmp_path / "set")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / name).symlink_to("../elsewhere")
+    with pytest.raises(UsageError, match=f"files that no fastdfkd run wrote \\({name}\\)"):
+        StagedDirectory(folder, overwrite=True)
+
+
+def test_json_without_end_marks_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("[" * 100_000)
+    assert not is_own_folder(tmp_path)
+
+
+def test_a_home_that_nobody_has_is_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert user_path("~/x.pth") == Path("/home/me/x.pth")
+    assert user_path("~no-such-user/x.pth") == Path("~no-such-user/x.pth")

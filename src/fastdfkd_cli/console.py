@@ -1,7 +1,8 @@
 """What a person sees: progress, messages and tables on stderr; results, for people and for programs, on stdout.
 
 Results are written with plain ``print``: Rich colours and wraps as it sees fit (it forces colour under some CI
-systems), and a program that reads stdout wants neither.
+systems), and a program that reads stdout wants neither. Names of models, classes and files come from elsewhere:
+whatever is printed, nothing in it acts on the terminal (:func:`fastdfkd_cli.errors.printable`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -21,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fastdfkd_cli.errors import printable
 from fastdfkd_cli.records import Record
 
 #: Seconds between two plain lines of progress.
@@ -30,20 +32,30 @@ PLAIN_INTERVAL = 5.0
 # -- results on stdout -------------------------------------------------------------------------------------------
 
 
+def _print(line: str, file: TextIO | None = None) -> None:
+    """Print a line on stdout, or ``file``, whatever it holds and whatever letters the stream knows."""
+    file = file or sys.stdout
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    line = printable(line).encode(encoding, "backslashreplace").decode(encoding)
+    print(line, file=file, flush=True)
+
+
 def print_json(result: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout; NaN and infinities, which JSON does not have, become null."""
-    print(json.dumps(_finite(result), indent=2, allow_nan=False), flush=True)
+    # ASCII alone: what is not stands in JSON's own escapes.
+    print(json.dumps(_finite(result), indent=2, allow_nan=False).replace("\x7f", "\\u007f"), flush=True)
 
 
 def print_values(result: Mapping[str, Any]) -> None:
     """Print ``key value`` lines on stdout, nested keys dotted; nothing is printed for an absent (None) value."""
     for key, value in flatten(result):
-        print(f"{key} {format_value(value)}", flush=True)
+        _print(f"{key} {format_value(value)}")
 
 
 def print_line(text: object) -> None:
-    """Print one line on stdout."""
-    print(text, flush=True)
+    """Print a line on stdout, or several that the text is made of."""
+    for line in str(text).split("\n"):
+        _print(line)
 
 
 def print_columns(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -52,7 +64,7 @@ def print_columns(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     widths = [max(len(line[column]) for line in lines) for column in range(len(header) - 1)]
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line[:-1], widths, strict=True)]
-        print("  ".join([*cells, line[-1]]).rstrip(), flush=True)
+        _print("  ".join([*cells, line[-1]]).rstrip())
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -166,7 +178,7 @@ class Progress:
         self._write(", ".join(part for part in parts if part))
 
     def _write(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(printable(text), markup=False, soft_wrap=True)
 
     def _catch_up(self) -> None:
         """In a log, say how far it went before something else is said; a live display shows it anyway."""
@@ -243,13 +255,13 @@ def print_table(title: str, rows: Mapping[str, Any]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in flatten(rows):
-        table.add_row(Text(key), Text(format_value(value)))
+        table.add_row(Text(printable(key)), Text(printable(format_value(value))))
     Console(stderr=True, highlight=False).print(table)
 
 
 def print_error(text: str, *, kind: str = "error") -> None:
     """Print one line ``fastdfkd: error: ...`` on stderr, whatever ``text`` holds."""
-    print(f"fastdfkd: {kind}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    _print(f"fastdfkd: {kind}: {' '.join(text.split())}", sys.stderr)
 
 
 __all__ = [

@@ -10,19 +10,43 @@
 A run that Ctrl-C or SIGTERM stopped exits with 130 or 143, after cleaning up.
 
 Every one of them carries a message of one line that says what is wrong and what to do. Anything else that is
-raised is a bug and keeps its traceback.
+raised is a bug and keeps its traceback. Messages quote names from files and from the Hub: none of them can act on the
+terminal that shows it (:func:`printable`).
 """
 
 from __future__ import annotations
 
 import difflib
+import re
+import reprlib
 from collections.abc import Iterable
+
+#: What a terminal acts on instead of showing it: control characters, ends of lines, changes of direction. And halves
+#: of characters, which stand for the bytes of a file name that is not UTF-8, and which no stream can write.
+_ACTIVE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 80
+
+
+def printable(text: object) -> str:
+    r"""Return ``text`` with everything that a terminal would act on written as an escape (``\x1b``)."""
+    return _ACTIVE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), str(text))
+
+
+def brief(value: object) -> str:
+    """Return ``repr(value)``, cut short: a value from a file may be a billion values when it is written out."""
+    return _BRIEF.repr(value)
 
 
 class FastDFKDError(Exception):
     """Root of all errors a user can cause or meet."""
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        line = printable(" ".join(str(message).split()))
+        # What is quoted from a file may be of any length; what to do about it stands at the end.
+        super().__init__(line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}")
 
 
 class UsageError(FastDFKDError):
@@ -68,6 +92,8 @@ __all__ = [
     "ThresholdError",
     "UnavailableError",
     "UsageError",
+    "brief",
     "did_you_mean",
     "is_out_of_memory",
+    "printable",
 ]

@@ -130,10 +130,15 @@ def _metadata(student: LoadedModel, teacher: LoadedModel, report: Mapping[str, A
         "config": settings or None,
     }
     return {
-        name: value if isinstance(value, str) else json.dumps(plain_json(value), ensure_ascii=False)
+        name: _writable(value if isinstance(value, str) else json.dumps(plain_json(value), ensure_ascii=False))
         for name, value in values.items()
         if value is not None
     }
+
+
+def _writable(text: str) -> str:
+    """A file name that is not UTF-8 holds halves of characters: they become escapes (JSON's own, in JSON)."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def export_student(

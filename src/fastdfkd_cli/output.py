@@ -400,6 +400,15 @@ def write_json(path: str | Path, obj: Any) -> None:
     write_bytes(path, _UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode("utf-8"))
 
 
+def user_path(text: str | Path) -> Path:
+    """Return a path as a user writes it: ``~`` is their home, and a name like any other where nobody has that one."""
+    path = Path(text)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def sha256_file(path: str | Path) -> str:
     """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
@@ -549,6 +558,7 @@ __all__ = [
     "sha256_file",
     "strange_files",
     "sync",
+    "user_path",
     "unlock_folder",
     "write_bytes",
     "write_json",
