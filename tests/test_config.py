@@ -287,3 +287,14 @@ def test_the_papers_meta_rate() -> None:
 def test_what_is_public() -> None:
     assert all(hasattr(module, name) for name in module.__all__)
     assert {"full_key", "parse_value"} <= set(module.__all__)
+
+
+@pytest.mark.parametrize("key", ["seed", "method", "synthesis.steps", "synthesis"])
+def test_a_value_is_quoted_only_so_far(key: str) -> None:
+    """YAML and pickles can hold one list a billion times in a few bytes."""
+    value: Any = ["x" * 1000]
+    for _ in range(30):
+        value = [value] * 10
+    with pytest.raises(UsageError, match=key) as caught:
+        from_dict({key: value})
+    assert len(str(caught.value)) < 1000

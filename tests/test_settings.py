@@ -21,6 +21,7 @@ from fastdfkd_cli.settings import (
     read_config,
     resolve,
 )
+from hostile import yaml_bomb
 
 
 @pytest.mark.parametrize(
@@ -181,3 +182,28 @@ def test_precedence(tmp_path: Path) -> None:
     )
     assert (again, settings["seed"]) == ("quick", 3)
     assert resolve(recipe=None, config=None, environment={}, assignments=[], options={}) == ("auto", {})
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["seed: !!int", "seed: !!bool x", "seed: !!timestamp x", "seed: !!float ''", "seed: 9999-99-99", "? {a: b}\n: 1"],
+)
+def test_values_that_yaml_itself_trips_over(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=r"run\.yaml (has a value that cannot be read|is neither YAML nor JSON)"):
+        read_config(str(path))
+
+
+@pytest.mark.parametrize("kind", ["aliases", "merge"])
+def test_a_few_lines_do_not_become_a_billion_values(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml_bomb(kind))
+    with pytest.raises(UsageError, match=r"run\.yaml has an alias of a section or list \(line 2\)"):
+        read_config(str(path))
+
+
+def test_an_alias_of_a_value_is_that_value(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("synthesis: {lr_generator: &rate 0.25, lr_latent: *rate}\n")
+    assert read_config(str(path)) == (None, {"synthesis.lr_generator": 0.25, "synthesis.lr_latent": 0.25})

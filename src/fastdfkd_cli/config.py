@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from fastdfkd_cli.errors import UsageError, did_you_mean
+from fastdfkd_cli.errors import UsageError, brief, did_you_mean
 
 Method = Literal["fast"]
 Reuse = Literal["none", "sequential", "meta"]
@@ -32,7 +32,7 @@ Average = Literal["none", "ema"]
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
-        raise UsageError(f"{name} must be {expected}, not {value!r}.")
+        raise UsageError(f"{name} must be {expected}, not {brief(value)}.")
 
 
 def _positive(owner: object, section: str, *names: str) -> None:
@@ -315,7 +315,7 @@ def from_dict(values: Mapping[str, Any], *, base: RunConfig | None = None) -> Ru
     for key, value in values.items():
         if key in _SECTIONS:
             if not isinstance(value, Mapping):
-                raise UsageError(f"{key} must be a section with keys of its own, not {value!r}.")
+                raise UsageError(f"{key} must be a section with keys of its own, not {brief(value)}.")
             flat.update({f"{key}.{inner}": item for inner, item in value.items()})
         else:
             flat[str(key)] = value
@@ -355,14 +355,14 @@ def full_key(key: str) -> str:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise UsageError(f"{key!r} is ambiguous: write {' or '.join(matches)}.")
+        raise UsageError(f"{brief(key)} is ambiguous: write {' or '.join(matches)}.")
     raise UsageError(_unknown(key, known))
 
 
 def _unknown(key: str, known: list[str]) -> str:
     short = {name.rpartition(".")[2]: name for name in known}
     hint = did_you_mean(key, known) or did_you_mean(key.rpartition(".")[2], short)
-    return f"Unknown setting {key!r}.{hint} `fastdfkd recipes --show NAME` lists them all."
+    return f"Unknown setting {brief(key)}.{hint} `fastdfkd recipes --show NAME` lists them all."
 
 
 def _apply(config: RunConfig, flat: Mapping[str, Any]) -> RunConfig:
@@ -397,8 +397,8 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
             chosen = "none" if value is None else value  # as YAML, JSON and the command line may write it
             if chosen in choices:
                 return chosen
-            nearest = did_you_mean(str(value), choices)
-            raise UsageError(f"{key} must be one of {', '.join(choices)}, not {value!r}.{nearest}")
+            nearest = did_you_mean(value, choices) if isinstance(value, str) else ""
+            raise UsageError(f"{key} must be one of {', '.join(choices)}, not {brief(value)}.{nearest}")
         if option is bool and isinstance(value, bool):
             return value
         if option is str and isinstance(value, str):
@@ -415,7 +415,7 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
         ]
         for option in options
     )
-    raise UsageError(f"{key} must be {names}, not {value!r}.")
+    raise UsageError(f"{key} must be {names}, not {brief(value)}.")
 
 
 __all__ = [

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from fastdfkd_cli.config import from_dict, full_key, parse_value
-from fastdfkd_cli.errors import UsageError
+from fastdfkd_cli.errors import UsageError, brief
 
 _DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s?)?", re.I)
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.I)
 _LIST_OPTION = re.compile(r"--(?:(?:teacher|student)-)?(?:input-size|mean|std)")
 _TIME_BUDGET = "schedule.time_budget"
+#: What PyYAML lets through beside its own errors: dates that do not exist, ``!!int`` without digits, ten thousand
+#: brackets.
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 #: The name that :class:`~fastdfkd_cli.config.RunConfig` has when no recipe made it.
 _NO_RECIPE = "custom"
 
@@ -132,13 +135,24 @@ def read_config(source: str) -> tuple[str | None, dict[str, Any]]:
 
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Plain data, and an alias only for a single value: with those of lists, few lines become a billion values."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            node = super().compose_node(parent, index)
+            if isinstance(event, yaml.AliasEvent) and not isinstance(node, yaml.ScalarNode):
+                where = f" (line {event.start_mark.line + 1})" if event.start_mark is not None else ""
+                raise UsageError(f"The config file {name} has an alias of a section or list{where}: write it out.")
+            return node
+
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
         raise UsageError(f"The config file {name} is neither YAML nor JSON{where}.") from error
-    except (ValueError, RecursionError) as error:  # a date that does not exist, ten thousand brackets
+    except _UNREADABLE as error:
         raise UsageError(f"The config file {name} has a value that cannot be read.") from error
     if content is None:
         content = {}
@@ -154,7 +168,7 @@ def read_config(source: str) -> tuple[str | None, dict[str, Any]]:
             settings[known] = _plain(known, item)
     recipe = settings.pop("recipe", None)
     if recipe is not None and not isinstance(recipe, str):
-        raise UsageError(f"recipe in the config file {name} must be a name, not {recipe!r}.")
+        raise UsageError(f"recipe in the config file {name} must be a name, not {brief(recipe)}.")
     return (None if recipe == _NO_RECIPE else recipe), settings
 
 
