@@ -34,7 +34,7 @@ from fastdfkd_cli.models import (
     load_student,
     load_teacher,
 )
-from fastdfkd_cli.models.timm_format import build_verified
+from fastdfkd_cli.models.timm_format import build_verified, download
 from fastdfkd_cli.output import sha256_file
 from fastdfkd_cli.weights import read_checkpoint
 from hub_server import HubServer, serving
@@ -781,3 +781,78 @@ def test_hub(hub: HubServer, tmp_path: Path) -> None:
         assert words in found["me/pickle2"]["error"]
         assert found["me/pickle2"]["code"] == 3
         assert found["me/pickle2"]["seconds"] < 6
+
+
+# ----------------------------------------------------------------------------------------- files that mean no good
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"checkpoint_path": "/etc/passwd"},
+        {"pretrained_cfg_overlay": {"url": "http://127.0.0.1:9/x.pth"}},
+        {"cache_dir": "/tmp"},
+        {"pretrained": True},
+        {"pretrained_model_args": {}},
+    ],
+)
+def test_a_config_cannot_have_other_files_read(folder: Path, arguments: dict[str, Any]) -> None:
+    edit(folder / "config.json", model_args=arguments)
+    fails(
+        UnavailableError, f"model_args in config.json may describe a network, not {next(iter(arguments))}", str(folder)
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_args": {"in_chans": "three"}}, "says input_size = "),
+        ({"model_args": {"num_classes": [4]}}, "says num_classes = "),
+        ({"model_args": {"num_classes": 2**62}}, "says num_classes = "),
+        ({"pretrained_cfg": {"test_input_size": [3, 0, 8]}}, r"\(for tests\) says input_size"),
+        ({"pretrained_cfg": {"test_crop_pct": "x"}}, r"\(for tests\) says crop_pct"),
+        ({"pretrained_cfg": {"mean": {}}}, "says mean = "),
+        ({"num_classes": 2**30}, "it holds .* values, and that network"),
+        ({"model_args": {"in_chans": 2**30}}, "it holds .* values, and that network"),
+        ({"model_args": {"no_such_argument": 1}}, "cannot be built with .*no_such_argument"),
+    ],
+)
+def test_a_config_of_odd_values_is_refused(folder: Path, values: dict[str, Any], words: str) -> None:
+    edit(folder / "config.json", label_names=None, **({"num_classes": 4, "model_args": {}} | values))
+    fails(UnavailableError if "built with" not in words else UsageError, words, str(folder))
+
+
+def test_a_config_may_write_its_values_as_text_or_as_one(folder: Path) -> None:
+    odd = {"mean": "[0.1, 0.2, 0.3]", "std": 0.5, "crop_mode": "sideways", "first_conv": 3, "input_size": [3, 32, 32]}
+    edit(folder / "config.json", pretrained_cfg=odd)
+    found = load_teacher(str(folder)).input
+    assert (found.mean, found.std, found.crop_mode) == ((0.1, 0.2, 0.3), (0.5,) * 3, "center")
+
+
+def test_an_input_that_no_memory_holds_is_refused_before_it_is_made(folder: Path, file: Path) -> None:
+    edit(folder / "config.json", pretrained_cfg={"input_size": [3, 10**9, 10**9]})
+    loaded = load_teacher(str(folder))
+    with pytest.raises(FastDFKDError, match="more memory than there is for 2 images of 3x1000000000x1000000000"):
+        check_forward(loaded)
+
+
+@pytest.mark.parametrize("reference", ["~no-such-user/x.pth", "~no-such-user.py:f", "local-dir:~no-such-user"])
+def test_a_home_that_nobody_has(reference: str) -> None:
+    fails(UnavailableError, "does not exist", reference)
+
+
+@pytest.mark.parametrize("revision", ["../../../x", "a..b", "/etc", "a b", "x\x1b[2J", "a:b", "main@{1}", "a//b"])
+def test_a_revision_is_a_name_that_git_allows(revision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdfkd_cli.hub.hf_hub_download", lambda *a, **k: pytest.fail("asked the Hub"))
+    fails(UsageError, "is no revision", f"hf-hub:me/net@{revision}")
+
+
+def test_offline_nothing_is_fetched_from_elsewhere_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdfkd_cli.hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *a, **k: pytest.fail("downloads"))
+    with pytest.raises(UnavailableError, match="weights of a net would have to be downloaded, and HF_HUB_OFFLINE"):
+        download("http://127.0.0.1:9/x.pth", "a net")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "x.pth").touch()
+    assert download("http://127.0.0.1:9/x.pth", "a net") == tmp_path / "checkpoints" / "x.pth"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import random
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from fastdfkd_cli.weights import (
     require_finite,
     strip_prefixes,
 )
+from hostile import repacked
 
 
 class Net(nn.Module):
@@ -127,7 +131,8 @@ def test_training_checkpoints_say_their_architecture(tmp_path: Path) -> None:
         ("num_classes", "ten"), ("num_classes", 0), ("num_classes", 2.5), ("input_size", [3, 32]),
         ("input_size", "[3, 0, 32]"), ("mean", "[]"), ("mean", "[NaN]"), ("std", {"r": 1}), ("classes", "cat"),
         ("architecture", 7), ("interpolation", "cubic"), ("interpolation", "random"), ("interpolation", ["box"]),
-        ("crop_pct", 0), ("crop_pct", 1.5), ("crop_pct", "NaN"), ("crop_pct", [1]),
+        ("crop_pct", 0), ("crop_pct", 1.5), ("crop_pct", "NaN"), ("crop_pct", [1]), ("num_classes", 2**31),
+        ("num_classes", "9" * 5000), ("input_size", [3, 10**30, 8]),
     ],
 )  # fmt: skip
 def test_facts_that_are_none(name: str, value: object) -> None:
@@ -260,3 +265,54 @@ def test_values_that_are_not_finite_are_refused(name: str, value: float) -> None
     module.state_dict()[name].view(-1)[1] = value
     with pytest.raises(FastDFKDError, match=f"NaN or infinite values in {name}"):
         require_finite(module, "Net")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.eye(3).to_sparse(), "sparse"),
+        (torch.ones(3, dtype=torch.complex64), "complex"),
+        (torch.empty(3, device="meta"), "meta"),
+    ],
+)
+def test_tensors_that_no_network_has_are_refused(tmp_path: Path, tensor: Tensor, kind: str) -> None:
+    torch.save({**tensors(), "conv.weight": tensor}, tmp_path / "x.pth")
+    with pytest.raises(UnavailableError, match=f"conv.weight as a {kind}"):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+def test_a_pickle_that_holds_itself_has_an_end(tmp_path: Path) -> None:
+    content: dict[str, Any] = tensors()
+    content["model"] = content
+    torch.save(content, tmp_path / "x.pth")
+    assert read_checkpoint(tmp_path / "x.pth").tensors.keys() == tensors().keys()
+
+
+def test_one_number_does_not_fill_the_memory(tmp_path: Path) -> None:
+    """Of the expanded tensor the file holds four bytes; every copy of it would be a terabyte."""
+    torch.save({**tensors(), "conv.weight": torch.ones(1).expand(2**38)}, tmp_path / "x.pth")
+    began = time.perf_counter()
+    with pytest.raises(UnavailableError, match=r"x\.pth would become 1,024\.0 GiB, many times its size"):
+        read_checkpoint(tmp_path / "x.pth")
+    assert time.perf_counter() - began < 5
+
+
+def test_a_compressed_checkpoint_is_no_larger_than_it_looks(tmp_path: Path) -> None:
+    torch.save({"conv.weight": torch.zeros(2**23)}, tmp_path / "whole.pth")
+    (tmp_path / "x.pth").write_bytes(repacked((tmp_path / "whole.pth").read_bytes(), zipfile.ZIP_DEFLATED))
+    assert (tmp_path / "x.pth").stat().st_size < 2**16
+    with pytest.raises(UnavailableError, match=r"x\.pth would become 0\.0 GiB, many times"):
+        read_checkpoint(tmp_path / "x.pth")
+    assert read_checkpoint(tmp_path / "whole.pth").tensors["conv.weight"].shape == (2**23,)
+
+
+def test_weights_that_are_tied_may_be_larger_than_their_file(tmp_path: Path) -> None:
+    shared = torch.rand(2**19)
+    torch.save({f"{name}.weight": shared for name in "abc"}, tmp_path / "x.pth")
+    assert len(read_checkpoint(tmp_path / "x.pth").tensors) == 3
+
+
+def test_a_pipe_is_no_weights_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.pth")
+    with pytest.raises(UnavailableError, match="does not exist"):
+        read_checkpoint(tmp_path / "x.pth")

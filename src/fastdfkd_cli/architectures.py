@@ -24,8 +24,9 @@ import torchvision
 from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, split_model_name_tag
 from torch import Tensor, nn
 
-from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError, did_you_mean
+from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError, brief, did_you_mean
 from fastdfkd_cli.nets_cifar import REGISTRY_PREFIX, cifar_names
+from fastdfkd_cli.output import user_path
 
 Family = Literal["timm", "cifar", "torchvision", "user"]
 _FACTORY = re.compile(r"(?P<module>.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
@@ -167,7 +168,7 @@ def build_registry(
         arguments: ``num_classes``, ``in_chans`` and further arguments of the network.
 
     Raises:
-        UsageError: the network refuses the arguments.
+        UsageError: the network refuses the arguments, or needs more memory than there is.
         RuntimeError: the tensors do not fit (as timm raises it).
     """
     known = {f.name for f in fields(PretrainedCfg)}
@@ -176,8 +177,10 @@ def build_registry(
         cfg = {**(cfg or {}), "source": None, "file": None, "custom_load": False, "state_dict": tensors}
     try:
         module = timm.create_model(key, pretrained=tensors is not None, pretrained_cfg=cfg, **arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        given = ", ".join(f"{name}={value}" for name, value in arguments.items())
+    except (TypeError, ValueError, AssertionError, OverflowError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and tensors is not None:
+            raise
+        given = ", ".join(f"{name}={brief(value)}" for name, value in arguments.items())
         raise UsageError(f"timm's {key} cannot be built with {given}: {one_line(error)}") from error
     # Otherwise the module would keep a second copy of all its weights.
     stored = getattr(module, "pretrained_cfg", None)
@@ -220,7 +223,7 @@ def _import(module_name: str) -> Any:
     if not module_name.endswith(".py"):
         with _import_path(Path.cwd()):
             return importlib.import_module(module_name)
-    path = Path(module_name).expanduser().resolve()
+    path = user_path(module_name).resolve()
     # A name of its own, the same for the same file: pickling and dataclasses look modules up by name.
     name = f"_fastdfkd_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
@@ -256,7 +259,7 @@ def user_factory(reference: str) -> Callable[..., Any]:
     if parts is None:
         raise UsageError(f"{reference!r} is not of the form nets.py:factory or package.module:factory.")
     module_name, name = parts
-    if module_name.endswith(".py") and not Path(module_name).expanduser().is_file():
+    if module_name.endswith(".py") and not user_path(module_name).is_file():
         raise UnavailableError(f"The file {module_name} of {reference} does not exist.")
     try:
         found = _import(module_name)

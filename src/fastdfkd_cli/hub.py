@@ -1,10 +1,12 @@
 """Files from the Hugging Face Hub: one download function, and its failures in one line each.
 
 ``HF_ENDPOINT``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE`` and ``HF_TOKEN`` keep the meaning that huggingface_hub gives them.
+With ``HF_HUB_OFFLINE=1`` nothing is downloaded from anywhere else either (:func:`refuse_offline`).
 """
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 import urllib.parse
@@ -32,6 +34,8 @@ CONNECT_TIMEOUT = 5.0
 #: A connection that breaks while a file is on its way. The client's HTTP library differs from version to version;
 #: its own errors are what the Hub's errors derive from.
 _TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
+#: What Git allows in a branch's or tag's name, more or less. The client makes file names of it.
+_REVISION = re.compile(r"(?!.*(?:\.\.|//|@\{))[^\x00-\x20\x7f~^:?*\[\\/][^\x00-\x20\x7f~^:?*\[\\]*")
 
 
 class HubFileMissing(UnavailableError):
@@ -72,6 +76,21 @@ def _reachable(endpoint: str, minute: int) -> bool:
         return False
 
 
+def is_offline() -> bool:
+    """Whether ``HF_HUB_OFFLINE`` is set."""
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def refuse_offline(what: str) -> None:
+    """Keep the promise of ``HF_HUB_OFFLINE`` for downloads from elsewhere too.
+
+    Raises:
+        UnavailableError: it is set.
+    """
+    if is_offline():
+        raise UnavailableError(f"{what} would have to be downloaded, and HF_HUB_OFFLINE is set: unset it.")
+
+
 def hub_file(repo: str, filename: str, revision: str | None = None) -> HubFile:
     """Fetch one file of a Hub repository, or find it in the cache.
 
@@ -86,7 +105,9 @@ def hub_file(repo: str, filename: str, revision: str | None = None) -> HubFile:
         UnavailableError: everything else, each with its own line.
     """
     written = f"{repo}@{revision}" if revision else repo
-    offline = constants.HF_HUB_OFFLINE
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise UsageError(f"{revision!r} is no revision: write a branch, a tag or a commit after the @ of {repo}.")
+    offline = is_offline()
     unreachable = not offline and not _reachable(constants.ENDPOINT, int(time.monotonic()) // 60)
     # The order of the clauses matters: GatedRepoError is a RepositoryNotFoundError, LocalEntryNotFoundError an
     # EntryNotFoundError, and most of them are HfHubHTTPErrors.
@@ -138,4 +159,4 @@ def hub_file(repo: str, filename: str, revision: str | None = None) -> HubFile:
     return HubFile(Path(path), snapshot.name if snapshot.parent.name == "snapshots" else None)
 
 
-__all__ = ["CONNECT_TIMEOUT", "HubFile", "HubFileMissing", "hub_file", "split_revision"]
+__all__ = ["CONNECT_TIMEOUT", "HubFile", "HubFileMissing", "hub_file", "is_offline", "refuse_offline", "split_revision"]

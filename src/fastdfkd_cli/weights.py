@@ -1,9 +1,9 @@
 """Checkpoint files: reading them safely, and loading them so that nothing stays random.
 
 A file is read as safetensors or, for every other suffix, as a pickle with ``weights_only=True``: no code of a
-checkpoint is ever run. What a training script wraps around its tensors (``state_dict``, ``model``, an average of the
-weights, a ``module.`` prefix) is taken off, and what the file says about itself (architecture, classes, input size,
-normalisation) is handed on as :class:`ModelFacts`.
+checkpoint is ever run, and a small file does not become a large one in memory. What a training script wraps around its
+tensors (``state_dict``, ``model``, an average of the weights, a ``module.`` prefix) is taken off, and what the file
+says about itself (architecture, classes, input size, normalisation) is handed on as :class:`ModelFacts`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastdfkd_cli.errors import FastDFKDError, UnavailableError
+from fastdfkd_cli.errors import FastDFKDError, UnavailableError, brief
 from fastdfkd_cli.output import sha256_file
 
 #: What a checkpoint file's name may end in.
@@ -93,7 +94,7 @@ def parse_facts(raw: Mapping[str, Any], origin: str) -> ModelFacts:
         name = _FACT_KEYS.get(key, key)
         if isinstance(value, str):
             # What is not JSON is a bare word, such as an architecture's name.
-            with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            with contextlib.suppress(ValueError, RecursionError):
                 value = json.loads(value)
         if value is not None:
             values.setdefault(name, value)
@@ -105,7 +106,7 @@ def parse_facts(raw: Mapping[str, Any], origin: str) -> ModelFacts:
             return convert(values[name])
         except (TypeError, ValueError, OverflowError) as error:
             raise UnavailableError(
-                f"{origin} says {name} = {str(values[name])[:60]!r}, which is not {expected}; correct the file."
+                f"{origin} says {name} = {brief(values[name])}, which is not {expected}; correct the file."
             ) from error
 
     def text(value: Any) -> str:
@@ -114,7 +115,7 @@ def parse_facts(raw: Mapping[str, Any], origin: str) -> ModelFacts:
         return value
 
     def count(value: Any) -> int:
-        if isinstance(value, bool) or int(value) != value or value < 1:
+        if isinstance(value, bool) or int(value) != value or not 0 < value < 2**31:
             raise ValueError
         return int(value)
 
@@ -226,7 +227,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, OSError, *_BROKEN_PICKLE) as error:
         if isinstance(error, PermissionError):
             raise
         raise UnavailableError(
@@ -235,6 +236,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    _refuse_bomb(path, _unpacked_size(path))
     try:
         # timm's training checkpoints hold their arguments as a Namespace, which is data. torch warns of odd files
         # before it fails on them; the failure is told below.
@@ -249,7 +251,9 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is a pickle that wants to run code ({wanted[1] or wanted[2]}), which is refused: save its "
             "state_dict() alone, or convert it to safetensors where you trust it."
         ) from error
-    except _BROKEN_PICKLE as error:
+    except (OSError, *_BROKEN_PICKLE) as error:
+        if isinstance(error, PermissionError):
+            raise
         if "TorchScript" in str(error):
             raise UnavailableError(
                 f"{path} is a TorchScript archive: save the model's state_dict() instead."
@@ -267,8 +271,12 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         metadata.setdefault("architecture", args.model)
     tensors = _unwrap(content)
     if not tensors:
-        keys = ", ".join(sorted(str(k) for k in content)[:6]) or "nothing"
+        keys = ", ".join(sorted(str(k)[:60] for k in content)[:6]) or "nothing"
         raise UnavailableError(f"{path} holds no tensors where a checkpoint has them (its keys: {keys}).")
+    for name, tensor in tensors.items():
+        if (kind := _unusual(tensor)) is not None:
+            raise UnavailableError(f"{path} holds {name} as a {kind} tensor: save it as a plain one.")
+    _refuse_bomb(path, sum(tensor.nbytes for tensor in tensors.values()))
     return tensors, {k: v for k, v in metadata.items() if k in _PICKLE_FACTS}
 
 
@@ -278,11 +286,45 @@ _PICKLE_FACTS = (
 )  # fmt: skip
 
 
-def _unwrap(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+#: Wrappers within wrappers; a pickle can hold itself.
+_MOST_WRAPPERS = 8
+#: How much larger than its file a checkpoint may be: tensors that are tied have one memory and several names.
+_MOST_GROWTH = 8
+
+
+def _unpacked_size(path: Path) -> int:
+    """Bytes in a zip archive, which is what torch saves (uncompressed); 0 for another file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, *_BROKEN_PICKLE):  # what is wrong with it is told by torch
+        return 0
+
+
+def _refuse_bomb(path: Path, size: int) -> None:
+    """Refuse a file that is compressed, or whose tensors repeat one number, until they fill the memory."""
+    if size > _MOST_GROWTH * max(path.stat().st_size, 2**20):
+        raise UnavailableError(
+            f"{path} would become {size / 2**30:,.1f} GiB, many times its size: save the network's state_dict() again."
+        )
+
+
+def _unusual(tensor: Tensor) -> str | None:
+    """What kind of tensor it is, where no network's weights can be made of it."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return "sparse or nested"
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.is_complex():
+        return "complex"
+    return None if tensor.device.type == "cpu" else str(tensor.device.type)
+
+
+def _unwrap(content: Mapping[Any, Any], depth: int = 0) -> dict[str, Tensor]:
     """The innermost mapping of names to tensors."""
-    for wrapper in _WRAPPERS:
+    for wrapper in _WRAPPERS if depth < _MOST_WRAPPERS else ():
         inner = content.get(wrapper)
-        if isinstance(inner, Mapping) and (tensors := _unwrap(inner)):
+        if isinstance(inner, Mapping) and (tensors := _unwrap(inner, depth + 1)):
             return tensors
     return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
 

@@ -50,6 +50,7 @@ from fastdfkd_cli.models.spec import (
     taught_input,
 )
 from fastdfkd_cli.models.timm_format import load_folder, load_hub, load_timm
+from fastdfkd_cli.output import user_path
 from fastdfkd_cli.weights import WEIGHT_SUFFIXES, ModelFacts, require_finite
 
 #: The built-in teacher, and where the package keeps it.
@@ -89,7 +90,7 @@ def _resolve(text: str) -> _Reference:
         if text not in BUILTIN_MODELS:
             raise UnavailableError(f"There is no {text}: built in is {', '.join(BUILTIN_MODELS)}.")
         return _Reference("builtin", text)
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.suffix.lower() in WEIGHT_SUFFIXES:
         return _Reference("file", str(path))
     if path.suffix == ".py":
@@ -120,7 +121,7 @@ def _load_weights(
     if resolved.kind == "hub":
         return load_hub(resolved.value, options, reference, role, like)
     if resolved.kind == "folder":
-        return load_folder(Path(resolved.value).expanduser(), options, reference, role, like)
+        return load_folder(user_path(resolved.value), options, reference, role, like)
     if resolved.kind == "builtin":
         refuse(options, reference, role, "arch", "weights", why="it is complete as it is")
         path = BUILTIN_MODELS[resolved.value]
@@ -131,7 +132,7 @@ def _load_weights(
     refuse(options, reference, role, "arch", why="the reference is an architecture itself")
     if options.weights is None:
         return None
-    weights = Path(options.weights).expanduser()
+    weights = user_path(options.weights)
     return load_file(weights, options, reference=reference, role=role, like=like, a=resolved.architecture)
 
 

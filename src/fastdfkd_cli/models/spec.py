@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from fastdfkd_cli.architectures import one_line
 from fastdfkd_cli.errors import FastDFKDError, UsageError
+from fastdfkd_cli.host import available_memory
 from fastdfkd_cli.weights import ModelFacts
 
 Source = Literal["timm", "hub", "local-dir", "file", "user", "torchvision", "cifar", "builtin", "module"]
@@ -170,20 +172,22 @@ def _forward(module: nn.Module, spec: InputSpec, name: str, batch: int = 2) -> A
         UsageError: the model cannot take the stated input.
         FastDFKDError: memory ran out.
     """
+    too_much = f"{name} needs more memory than there is for {batch} images of {size_text(spec.size)}."
+    # An input size that a file states may be any number; a network needs several times its input.
+    if 16 * batch * math.prod(spec.size) > available_memory():
+        raise FastDFKDError(too_much)
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
     device, dtype = (parameter.device, parameter.dtype) if parameter is not None else (torch.device("cpu"), None)
-    images = torch.rand((batch, *spec.size), generator=torch.Generator().manual_seed(0))
-    shape = (1, -1, 1, 1)
-    x = (images - torch.tensor(spec.mean).view(shape)) / torch.tensor(spec.std).view(shape)
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
+        images = torch.rand((batch, *spec.size), generator=torch.Generator().manual_seed(0))
+        shape = (1, -1, 1, 1)
+        x = (images - torch.tensor(spec.mean).view(shape)) / torch.tensor(spec.std).view(shape)
         with torch.no_grad():
             return module(x.to(device=device, dtype=dtype))
     except torch.OutOfMemoryError as error:
-        raise FastDFKDError(
-            f"{name} needs more memory than there is for {batch} images of {size_text(spec.size)}."
-        ) from error
+        raise FastDFKDError(too_much) from error
     except Exception as error:  # whatever a user's forward raises
         raise UsageError(
             f"{name} fails on input {size_text((batch, *spec.size))} (batch, channels, height, width): "

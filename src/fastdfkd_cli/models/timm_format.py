@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import urllib.error
 from collections.abc import Mapping
@@ -16,8 +17,8 @@ from torch import nn
 
 from fastdfkd_cli import architectures as arch
 from fastdfkd_cli.architectures import Architecture, one_line
-from fastdfkd_cli.errors import UnavailableError
-from fastdfkd_cli.hub import HubFile, HubFileMissing, hub_file, split_revision
+from fastdfkd_cli.errors import UnavailableError, UsageError
+from fastdfkd_cli.hub import HubFile, HubFileMissing, hub_file, refuse_offline, split_revision
 from fastdfkd_cli.models.spec import (
     LoadedModel,
     ModelOptions,
@@ -41,6 +42,9 @@ from fastdfkd_cli.weights import (
     read_json,
 )
 
+#: What in ``model_args`` is no argument of a network, but tells timm to read other files or to ask a server.
+_LOADING = re.compile(r"pretrained.*|checkpoint_path|cache_dir")
+_CROP_MODES = ("center", "squash", "border")
 #: Weights in a Hub repository or a folder, in the order timm looks for them.
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
@@ -52,6 +56,7 @@ def build_verified(key: str, checkpoint: Checkpoint, config: dict[str, Any], wha
     fit without an error where classes differ. So the same load runs once more with every value replaced by NaN:
     whatever is not NaN afterwards did not come from the file.
     """
+    _refuse_larger(key, checkpoint, config, what, arguments)
     try:
         module = arch.build_registry(key, config=config, tensors=dict(checkpoint.tensors), **arguments)
         blank = {
@@ -61,8 +66,10 @@ def build_verified(key: str, checkpoint: Checkpoint, config: dict[str, Any], wha
         probe = arch.build_registry(key, config=config, tensors=blank, **arguments)
     except (RuntimeError, LookupError, AttributeError) as error:
         # timm's renaming code meets names it does not expect in many ways; the names themselves say most.
-        plain = arch.build_registry(key, config=config, **arguments)
-        problem = misfit(plain, checkpoint.tensors) or one_line(error)
+        problem = None
+        with contextlib.suppress(UsageError, LookupError, AttributeError):  # arguments that the network does not take
+            problem = misfit(arch.build_registry(key, config=config, **arguments), checkpoint.tensors)
+        problem = problem or one_line(error)
         raise UnavailableError(f"{checkpoint.path} does not fit {what}: {problem}.") from error
     left = [
         name
@@ -75,6 +82,24 @@ def build_verified(key: str, checkpoint: Checkpoint, config: dict[str, Any], wha
             "they would be random."
         )
     return module
+
+
+def _refuse_larger(
+    key: str, checkpoint: Checkpoint, config: dict[str, Any], what: str, arguments: Mapping[str, Any]
+) -> None:
+    """Refuse to build a network that cannot be in the file, however many classes and layers its config.json states."""
+    try:
+        with torch.device("meta"):
+            plain = arch.build_registry(key, config=config, **arguments)
+    except (UsageError, LookupError, AttributeError, NotImplementedError):
+        return  # not every network can be built without its memory; others are told of below
+    needed = sum(tensor.numel() for tensor in plain.state_dict().values())
+    held = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    # Embeddings that depend on the image's size may grow.
+    if needed > 2 * held + 2**24:
+        raise UnavailableError(
+            f"{checkpoint.path} does not fit {what}: it holds {held:,} values, and that network {needed:,}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,23 +137,47 @@ def _described(path: Path, origin: str) -> Described:
     if not isinstance(model_args, dict):
         raise UnavailableError(f"{origin}: model_args in config.json must be an object.")
     model_args = dict(model_args)
+    if loading := [name for name in model_args if _LOADING.fullmatch(name)]:
+        raise UnavailableError(f"{origin}: model_args in config.json may describe a network, not {loading[0]}.")
     defaults = Architecture(family="timm", name=key, key=key).config()
     headless = config.get("num_classes") == 0  # said so by the caller, with the model's name
     skipped = {"label_names", "num_classes"} if headless else {"label_names"}
     facts = parse_facts({k: v for k, v in config.items() if k not in skipped}, origin)
     size = facts.input_size or tuple(defaults.get("input_size", (3, 224, 224)))
+    # Some write these two as arguments of the network: checked like the others, and 0 classes are no head.
     channels = model_args.pop("in_chans", size[0])
-    config |= {
+    classes = model_args.pop("num_classes", 0 if headless else facts.num_classes or 1000)
+    checked = parse_facts({"input_size": [channels, *size[1:]], "num_classes": classes or None}, origin)
+    at_test = {"input_size": config.get("test_input_size"), "crop_pct": config.get("test_crop_pct")}
+    tested = parse_facts(at_test, f"{origin} (for tests)")
+    values = {
         "architecture": key,
-        "input_size": (channels, *size[1:]),
-        "num_classes": model_args.pop("num_classes", 0 if headless else facts.num_classes or 1000),
+        "input_size": checked.input_size,
+        "num_classes": checked.num_classes or 0,
+        "mean": facts.mean,
+        "std": facts.std,
+        "interpolation": facts.interpolation,
+        "crop_pct": facts.crop_pct,
+        "crop_mode": mode if (mode := config.get("crop_mode")) in _CROP_MODES else None,
+        "test_input_size": tested.input_size,
+        "test_crop_pct": tested.crop_pct,
+        "license": facts.license,
     }
+    config |= {name: value for name, value in values.items() if value is not None or name in config}
+    for name in ("first_conv", "classifier"):
+        if not _names_layers(config.get(name)):
+            config[name] = None
     for name in ("first_conv", "classifier", "fixed_input_size", "mean", "std"):
         if config.get(name) is None and name in defaults:
             config[name] = defaults[name]
     for name in ("url", "file", "hf_hub_id", "hf_hub_filename", "source"):
         config.pop(name, None)
     return Described(key=key, config=config, model_args=model_args)
+
+
+def _names_layers(value: Any) -> bool:
+    """Whether it is a layer's name, or several."""
+    return all(isinstance(name, str) for name in (value if isinstance(value, list | tuple) and value else [value]))
 
 
 def class_names(names: Any, num_classes: int) -> tuple[str, ...] | None:
@@ -299,6 +348,7 @@ def download(url: str, name: str) -> Path:
     """A weights file by URL, kept where torch.hub keeps them."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.is_file():
+        refuse_offline(f"The weights of {name}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), progress=False)
