@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastdfkd_cli.data import EvaluationData, evaluation_input, open_evaluation_
 from fastdfkd_cli.dataset import DatasetWriter
 from fastdfkd_cli.errors import UnavailableError, UsageError
 from fastdfkd_cli.models import InputSpec
+from hostile import POSTSCRIPT, tar_member
 
 RGB_8 = InputSpec(size=(3, 8, 8), mean=(0.5,) * 3, std=(0.25,) * 3)
 SHAPES = ((40, 30), (31, 57), (24, 24))
@@ -442,3 +444,132 @@ def test_evaluation_takes_the_authors_test_size_unless_asked() -> None:
     asked = evaluation_input(spec, img_size=16, crop_pct=0.9)
     assert (asked.size, asked.crop_pct) == ((3, 16, 16), 0.9)
     assert evaluation_input(RGB_8) == RGB_8
+
+
+# ------------------------------------------------------------------------------------------- files that mean no good
+
+
+@pytest.mark.parametrize(
+    ("member", "words"),
+    [
+        (tar_member(b"a/0.png", b"", size=2**62), "cannot be read"),
+        (tar_member(b"a/0.png", b"", size=-512), "cannot be read"),
+        (tar_member(b"a/0.png", b"", size=-(2**40)), "cannot be read"),
+        (tar_member(b"a/0.png", b"", size=2**80), "cannot be read"),
+        (tar_member(b"x", b"", size=2**40, kind=b"x"), "cannot be read"),
+        (tar_member(b"x", b"", size=2**62, kind=b"L"), "cannot be read"),
+        (tar_member(b"x", b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n", kind=b"x"), "cannot be read|sparse"),
+        (tar_member(b"x", b"20 GNU.sparse.map=a\n", kind=b"x"), "cannot be read"),
+        (tar_member(b"a/0.png", png(picture(0)), kind=b"S"), "sparse file"),
+        (tar_member(b"a/0.png", b"", kind=b"3"), "is a link or a device"),
+        (tar_member(b"a/0.png", b"", kind=b"2", link=b"../../x"), "is a link or a device"),
+    ],
+)
+def test_a_tar_whose_headers_lie_is_refused(tmp_path: Path, member: bytes, words: str) -> None:
+    """Older readers of Python's go round in circles over some of them, and reserve memory for others."""
+    whole = tar_member(b"a/1.png", png(picture(0)))
+    (tmp_path / "x.tar").write_bytes(whole + member + whole + bytes(1024))
+    with pytest.raises(UnavailableError, match=f"x.tar.*({words})"):
+        open_evaluation_data(data_dir=tmp_path / "x.tar")
+
+
+def test_names_in_a_tar_lead_nowhere(tmp_path: Path) -> None:
+    names = ("../../evil/0.png", "/evil/1.png", "evil/../../evil/2.png")
+    tar = write_tar(tmp_path / "in" / "x.tar", {name: png(picture(index)) for index, name in enumerate(names)})
+    images, labels = everything(open_evaluation_data(data_dir=tar))
+    assert len(images) == 3
+    assert [path.name for path in tmp_path.rglob("*")] == ["in", "x.tar"]
+
+
+def test_what_is_no_file_and_no_folder_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.tar")
+    for place in (tmp_path / "x.tar", Path(os.devnull)):
+        with pytest.raises(UsageError, match="neither a folder nor a .tar"):
+            open_evaluation_data(data_dir=place)
+
+
+def test_links_that_lead_back_are_followed_once(tmp_path: Path) -> None:
+    """With two of them there would be a billion billion ways through the folder."""
+    root = write_folder(tmp_path / "set", ("a", "b"))
+    for name in ("up", "again"):
+        (root / "a" / name).symlink_to("..")
+        (root / "b" / name).symlink_to(".")
+    (root / "c").symlink_to("a")  # one that leads sideways counts, as timm counts it
+    assert open_evaluation_data(data_dir=root).class_names == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+def test_what_an_image_is_stands_in_it_and_not_in_its_name(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a").mkdir()
+    picture(0).save(tmp_path / "a" / "0.jpg", kind)
+    assert len(everything(open_evaluation_data(data_dir=tmp_path))[0]) == 1
+
+
+def test_postscript_goes_to_no_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL would start Ghostscript for it, whatever the file is called."""
+    monkeypatch.setattr("subprocess.check_call", lambda *a, **k: pytest.fail("starts a program"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.png").write_bytes(POSTSCRIPT)
+    with pytest.raises(UnavailableError, match="a/0.png: not a readable image"):
+        everything(open_evaluation_data(data_dir=tmp_path))
+
+
+def test_torchvisions_sets_read_the_same_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "no-such-program")
+    folder = tmp_path / "val" / "a"
+    folder.mkdir(parents=True)
+    (folder / "0.JPEG").write_bytes(POSTSCRIPT)
+
+    def imagenet(name: str, root: str, **options: Any) -> Any:
+        import torchvision
+
+        return torchvision.datasets.ImageFolder(os.path.join(root, "val"))
+
+    monkeypatch.setattr("fastdfkd_cli.data.sources.create_dataset", imagenet)
+    data = open_evaluation_data(dataset="torch/imagenet", data_dir=tmp_path)
+    with pytest.raises(UnavailableError, match="not a readable image"):
+        everything(data)
+    (folder / "0.JPEG").write_bytes(png(picture(0)))
+    assert len(everything(data)[0]) == 1
+
+
+def test_what_torchvision_unpacks_stays_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its older versions leave that to Python, whose older versions extract anything anywhere."""
+    archive = write_tar(tmp_path / "in" / "set.tar", {"../outside": b"evil"})
+
+    def unpacking(name: str, root: str, **options: Any) -> Any:
+        with tarfile.open(archive) as opened:
+            opened.extractall(root)
+
+    monkeypatch.setattr("fastdfkd_cli.data.sources.create_dataset", unpacking)
+    with pytest.raises(UnavailableError, match="torch/imagenet cannot be opened"):
+        open_evaluation_data(dataset="torch/imagenet", data_dir=tmp_path / "in")
+    assert not (tmp_path / "outside").exists()
+    assert tarfile.TarFile.extraction_filter is None
+
+
+@pytest.mark.parametrize("dataset", ["torch/cifar10", "torch/mnist", "tfds/mnist"])
+def test_offline_no_set_is_fetched(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdfkd_cli.hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    for function in ("download_url", "download_and_extract_archive"):
+        for module in ("utils", "cifar", "mnist"):
+            name = f"torchvision.datasets.{module}.{function}"
+            monkeypatch.setattr(name, lambda *a, **k: pytest.fail("downloads"), raising=False)
+    with pytest.raises(UnavailableError, match=f"{dataset} would have to be downloaded, and HF_HUB_OFFLINE is set"):
+        open_evaluation_data(dataset=dataset)
+
+
+@pytest.mark.parametrize("place", ["pipe:touch x", "https://example.org/shards", "gs://bucket", ""])
+def test_shards_are_files_and_not_addresses_or_commands(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("fastdfkd_cli.data.sources.create_dataset", lambda *a, **k: pytest.fail("opens it"))
+    with pytest.raises(UsageError, match="wds/x needs --data-dir, the folder of its shards"):
+        open_evaluation_data(dataset="wds/x", data_dir=place)
+    with pytest.raises(UsageError, match="wds/x has no split 'pipe:touch x.tar'"):
+        open_evaluation_data(dataset="wds/x", data_dir=".", split="pipe:touch x.tar")

@@ -679,6 +679,9 @@ def test_a_damaged_shard_is_told_apart(tmp_path: Path, how: str, message: str) -
         (lambda m: m["shards"][0]["files"].update({"../../x.tar": {}}), "lacks its images or files"),
         (lambda m: m["shards"][0].update(files={"train-00000.tar": {"bytes": 1, "sha256": "x"}}), "lacks its images"),
         (lambda m: m.update(state={"/etc/passwd": {"bytes": 1, "sha256": ""}}), "state names something else"),
+        (lambda m: m.pop("state"), "state names something else"),
+        (lambda m: m.pop("header"), "header or complete"),
+        (lambda m: m.update(complete="yes"), "header or complete"),
     ],
 )
 def test_a_damaged_manifest_is_one_line(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
@@ -689,9 +692,10 @@ def test_a_damaged_manifest_is_one_line(tmp_path: Path, change: Callable[[dict[s
     path.write_text(json.dumps(manifest))
     with pytest.raises(UnavailableError, match=message):
         read_dataset(tmp_path / "set")
-    path.write_text("{")
-    with pytest.raises(UnavailableError, match="cannot be read"):
-        read_dataset(tmp_path / "set")
+    for text in ("{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UnavailableError, match="cannot be read"):
+            read_dataset(tmp_path / "set")
 
 
 def forge(path: Path, members: list[tuple[str, bytes | None]]) -> None:
@@ -837,3 +841,48 @@ def test_plain_data_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4), dtype=np.uint16)).save(folder / "deep.png")
     with pytest.raises(UnavailableError, match=r"deep.png has more than 8 bits"):
         read_dataset(folder, input_size=size)
+
+
+@pytest.mark.parametrize("size", [(3, 10**6, 10**6), (3, 2**40, 2**40)])
+def test_images_that_no_memory_holds_are_refused_before_they_are_read(
+    tmp_path: Path, size: tuple[int, int, int]
+) -> None:
+    make(tmp_path / "set", count=4)
+    path = tmp_path / "set" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "input_size": size}))
+    with pytest.raises(FastDFKDError, match="GiB of memory for 4 images of 3x.*, more than there is"):
+        read_dataset(tmp_path / "set")
+    with pytest.raises(FastDFKDError, match="GiB of memory for 4 images"):
+        read_dataset(tmp_path / "set" / "train-00000.tar", input_size=size)
+
+
+def test_more_images_than_there_are_labels_are_not_made_room_for(tmp_path: Path) -> None:
+    make(tmp_path / "set", count=4)
+    path = tmp_path / "set" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0]["images"] = manifest["counts"][0] = 2**24
+    manifest["counts"][1:] = [0] * (len(manifest["counts"]) - 1)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UnavailableError, match=r"does not hold labels \[16777216\]"):
+        read_dataset(tmp_path / "set")
+
+
+def test_a_class_list_that_is_no_text_does_not_count(tmp_path: Path) -> None:
+    make(tmp_path / "set", count=4)
+    (tmp_path / "set" / "classes.txt").write_bytes(b"\xff\xfe")
+    data = read_dataset(tmp_path / "set" / "train-00000.tar", input_size=(3, 6, 5))
+    assert data.class_folders == class_folders(3, NAMES)
+
+
+@pytest.mark.parametrize("name", ["grids", "state"])
+def test_a_link_in_a_set_is_not_written_through(tmp_path: Path, name: str) -> None:
+    make(tmp_path / "set", count=4)
+    for path in (tmp_path / "set" / name).glob("*"):
+        path.unlink()
+    if (tmp_path / "set" / name).exists():
+        (tmp_path / "set" / name).rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "set" / name).symlink_to("../elsewhere")
+    with pytest.raises(UsageError, match=name):
+        DatasetWriter(tmp_path / "set", **arguments(), overwrite=True)
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -9,7 +9,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,9 +22,18 @@ from timm.data.dataset_factory import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 
-from fastdfkd_cli.data.files import ImageFile, first_line, images_in_folder, images_in_tar, tars_in_folder
+from fastdfkd_cli.data.files import (
+    ImageFile,
+    first_line,
+    images_in_folder,
+    images_in_tar,
+    open_picture,
+    quiet,
+    tars_in_folder,
+)
 from fastdfkd_cli.data.sets import EvaluationData
 from fastdfkd_cli.errors import UnavailableError, UsageError, did_you_mean
+from fastdfkd_cli.hub import is_offline, refuse_offline
 
 BUILTIN_DIGITS = "builtin/digits"
 TRAIN_SPLITS = ("train", "training")
@@ -107,6 +117,8 @@ def _open_path(path: Path, split: str) -> EvaluationData:
         if path.suffix.lower() != ".tar":
             raise UsageError(f"{path} is neither a folder nor a .tar (a compressed archive must be unpacked first).")
         files = list(images_in_tar(path))
+    elif not path.is_dir():
+        raise UsageError(f"{path} is neither a folder nor a .tar file.")
     else:
         root, found = _split_folder(path, split)
         shards = tars_in_folder(root)
@@ -179,7 +191,7 @@ def _manifest_classes(path: Path) -> dict[str, str] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnavailableError(f"{path} is no readable manifest: {first_line(error)}.") from None
     folders = content.get("classes") if isinstance(content, dict) else None
     if not isinstance(folders, list) or not all(isinstance(folder, str) for folder in folders):
@@ -244,8 +256,13 @@ def _open_named(dataset: str, root: str | None, split: str) -> EvaluationData:
     # timm's readers print their hint to stdout and raise ImportError.
     if importlib.util.find_spec(module) is None:
         raise UnavailableError(f"{dataset} needs a package that is not installed: pip install {package}")
-    if kind == "wds" and root is None:
+    if kind == "wds" and (root is None or not os.path.isdir(root)):
+        # Anything else webdataset takes for an address, or for a command to run.
         raise UsageError(f"{dataset} needs --data-dir, the folder of its shards.")
+    if kind == "wds" and ":" in split:
+        raise UsageError(f"{dataset} has no split {split!r}.")
+    if kind == "tfds":  # it asks its server about sets that are on the disk too
+        refuse_offline(dataset)
     opened = _created(dataset, root, split, download=kind == "tfds" and root is None)
     reader = opened.reader
     names = _ordered_names(getattr(reader, "class_to_idx", None))
@@ -272,7 +289,12 @@ def _open_torchvision(dataset: str, name: str, root: str | None, split: str) -> 
         # Where torch keeps what it fetches; TORCH_HOME moves it.
         folder = root or str(Path(torch.hub.get_dir()).parent / "datasets")
         found = "train" if split in TRAIN_SPLITS else "test"
-        opened = _created(dataset, folder, found, download=root is None)
+        try:
+            opened = _created(dataset, folder, found, download=root is None and not is_offline())
+        except UnavailableError:
+            if root is None:
+                refuse_offline(dataset)
+            raise
     classes = getattr(opened, "classes", None)
     names = tuple(str(item[0] if isinstance(item, tuple) else item) for item in classes) if classes else None
     if names is not None and len(set(names)) < len(names):  # ImageNet's two "crane" and two "maillot"
@@ -283,15 +305,35 @@ def _open_torchvision(dataset: str, name: str, root: str | None, split: str) -> 
 def _created(dataset: str, root: str | None, split: str, *, download: bool = False) -> Any:
     """``timm.data.create_dataset`` with what it prints on stderr and what it raises in one line."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            return create_dataset(dataset, root=root, split=split, download=download, input_img_mode="RGB")
+        with contextlib.redirect_stdout(sys.stderr), _extraction_inside():
+            opened = create_dataset(dataset, root=root, split=split, download=download, input_img_mode="RGB")
+        if hasattr(opened, "loader"):  # torchvision's own takes any format
+            opened.loader = _load_rgb
+        return opened
     except ImportError as error:
         raise UnavailableError(f"{dataset} needs a package that is not installed: {first_line(error)}") from None
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, tarfile.TarError) as error:
         place = f" in {root}" if root else ""
         raise UnavailableError(f"{dataset} cannot be opened{place}: {first_line(error)}") from None
     except ValueError as error:  # an unknown split or configuration, in the words of the library that has them
         raise UsageError(f"{dataset}: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _extraction_inside() -> Iterator[None]:
+    """Keep what torchvision unpacks (its own archives, by their checksums) within the folder, whatever its version."""
+    previous = tarfile.TarFile.extraction_filter
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = previous
+
+
+def _load_rgb(path: str | os.PathLike[str]) -> Image.Image:
+    """What torchvision's data sets read an image with."""
+    with quiet(), open(path, "rb") as file:
+        return open_picture(file).convert("RGB")
 
 
 def _ordered_names(class_to_index: Any) -> tuple[str, ...] | None:

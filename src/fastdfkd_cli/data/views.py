@@ -13,7 +13,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fastdfkd_cli.data.files import DECODE_ERRORS, IMAGE_MODES, first_line
+from fastdfkd_cli.data.files import DECODE_ERRORS, IMAGE_MODES, first_line, open_picture, quiet
 from fastdfkd_cli.errors import UnavailableError, UsageError
 from fastdfkd_cli.models import InputSpec
 
@@ -52,8 +52,8 @@ class _Views(Dataset[Any]):
         try:
             picture, label = self.source.open(index)
             if not isinstance(picture, Image.Image):
-                with picture as file:
-                    picture = Image.open(file)
+                with quiet(), picture as file:
+                    picture = open_picture(file)
                     picture.load()
         except DECODE_ERRORS as error:
             return _Unreadable(self.source.filename(index), f"not a readable image ({first_line(error)}).")
@@ -133,7 +133,8 @@ class _Pipeline:
         ]
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        picture = picture.convert(self.mode)
+        with quiet():
+            picture = picture.convert(self.mode)
         parts = picture.split() if self.by_band else (picture,)
         return torch.cat([transform(part) for transform, part in zip(self.transforms, parts, strict=True)])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdfkd_cli.data.files import IMAGE_MODES, first_line
-from fastdfkd_cli.errors import UnavailableError
+from fastdfkd_cli.errors import UnavailableError, brief
 from fastdfkd_cli.output import file_damage
 
 FORMAT = "synthetic-images"
@@ -44,7 +44,7 @@ def class_folders(num_classes: int, class_names: Sequence[str] | None = None) ->
 def is_dataset(folder: Path) -> bool:
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT
 
@@ -60,13 +60,13 @@ def load_manifest(directory: str | Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UnavailableError(f"{path} is missing: {directory} is not a finished synthetic set.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnavailableError(f"{path} cannot be read: {first_line(error)}.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UnavailableError(f"{path} was not written by fastdfkd synthesize.")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UnavailableError(
-            f"{path} has format version {manifest.get('format_version')!r}; this fastdfkd reads {FORMAT_VERSION}."
+            f"{path} has format version {brief(manifest.get('format_version'))}; this fastdfkd reads {FORMAT_VERSION}."
         )
     damage = _manifest_damage(manifest)
     if damage:
@@ -109,8 +109,10 @@ def _manifest_damage(manifest: Mapping[str, Any]) -> str | None:
             return "a shard lacks its images or files"
     if sum(shard["images"] for shard in manifest["shards"]) != sum(manifest["counts"]):
         return "shards and counts do not add up"
-    if manifest.get("state") is not None and not files(manifest["state"], STATE_FILE):
+    if "state" not in manifest or (manifest["state"] is not None and not files(manifest["state"], STATE_FILE)):
         return "state names something else"
+    if not isinstance(manifest.get("header"), dict) or not isinstance(manifest.get("complete"), bool):
+        return "header or complete is missing"
     return None
 
 

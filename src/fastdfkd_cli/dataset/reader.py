@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,20 @@ from torch import Tensor
 
 from fastdfkd_cli.data.files import (
     DECODE_ERRORS,
+    FORMATS,
     IMAGE_MODES,
     ImageFile,
     first_line,
     images_in_folder,
     images_in_tar,
+    open_picture,
     pixels,
+    quiet,
     tars_in_folder,
 )
 from fastdfkd_cli.dataset.layout import CLASSES, MANIFEST, check_file, is_dataset, load_manifest
-from fastdfkd_cli.errors import UnavailableError, UsageError
+from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
+from fastdfkd_cli.host import available_memory
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ def read_dataset(
     Raises:
         UsageError: ``input_size`` is missing or has other channels than the set.
         UnavailableError: no such folder, no images in it, a file that is missing, truncated, damaged or no image.
+        FastDFKDError: the images need more memory than there is.
     """
     path = Path(directory)
     if not path.exists():
@@ -95,15 +101,21 @@ def _read_synthetic(path: Path, size: tuple[int, int, int] | None, interpolation
     for shard in manifest["shards"]:
         for name, facts in shard["files"].items():
             check_file(path / name, facts)
-    images = torch.empty(total, *size, dtype=torch.uint8)
+    _require_memory(path, total, size)
     labels: list[Tensor] = []
     logits: list[Tensor] = []
     row = 0
     for shard in manifest["shards"]:
-        tar, tensors = (path / name for name in sorted(shard["files"], reverse=True))
+        tensors = next(path / name for name in shard["files"] if not name.endswith(".tar"))
         shard_labels, shard_logits = _read_tensors(tensors, shard["images"], manifest["num_classes"])
         labels.append(shard_labels)
         logits.append(shard_logits)
+    try:
+        images = torch.empty(total, *size, dtype=torch.uint8)  # so many labels there are
+    except RuntimeError as error:  # a limit of the process, which is not the machine's
+        raise _too_large(path, total, size) from error
+    for shard, shard_labels in zip(manifest["shards"], labels, strict=True):
+        tar = next(path / name for name in shard["files"] if name.endswith(".tar"))
         files = list(images_in_tar(tar))
         for file, label in zip(files, shard_labels.tolist(), strict=False):
             if file.label != manifest["classes"][label]:
@@ -116,10 +128,23 @@ def _read_synthetic(path: Path, size: tuple[int, int, int] | None, interpolation
     return SyntheticSet(images, torch.cat(labels), soft, manifest, tuple(manifest["classes"]))
 
 
+def _too_large(path: Path, count: int, size: tuple[int, int, int]) -> FastDFKDError:
+    return FastDFKDError(
+        f"--data-dir {path} needs {count * math.prod(size) / 2**30:,.1f} GiB of memory for {count:,} images of "
+        f"{'x'.join(map(str, size))}, more than there is."
+    )
+
+
+def _require_memory(path: Path, count: int, size: tuple[int, int, int]) -> None:
+    """Refuse a set that does not fit, before it is read: a manifest may state any number of images, of any size."""
+    if count * math.prod(size) > available_memory():
+        raise _too_large(path, count, size)
+
+
 def _read_tensors(path: Path, images: int, classes: int) -> tuple[Tensor, Tensor]:
     try:
         tensors = safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise UnavailableError(f"{path} cannot be read: {first_line(error)}.") from error
     labels, logits = tensors.get("labels"), tensors.get("logits")
     if labels is None or logits is None or labels.shape != (images,) or logits.shape != (images, classes):
@@ -134,7 +159,8 @@ def _decode(
 ) -> Tensor:
     """Return one image as uint8 ``[C, H, W]`` of ``size``; ``stored`` is what it must be as it stands."""
     try:
-        with Image.open(io.BytesIO(file.read())) as picture:
+        formats = FORMATS if stored is None else ("PNG",)
+        with quiet(), open_picture(io.BytesIO(file.read()), formats) as picture:
             if stored is not None and (picture.mode, picture.size) != (IMAGE_MODES[stored[0]], (stored[2], stored[1])):
                 found = f"{picture.mode} {picture.width}x{picture.height}"
                 raise UnavailableError(f"{file} is {found}, not what the manifest states.")
@@ -167,6 +193,7 @@ def _read_plain(path: Path, size: tuple[int, int, int], interpolation: str) -> S
     if not files:
         known = ", ".join(sorted(get_img_extensions()))
         raise UnavailableError(f"--data-dir {path} holds no images ({known}), neither in class folders nor in a .tar.")
+    _require_memory(path, len(files), size)
     order = _class_order(path, {file.label for file in files} - {""})
     index = {name: number for number, name in enumerate(order)}
     images = torch.stack([_decode(file, size, interpolation) for file in files])
@@ -178,7 +205,7 @@ def _class_order(path: Path, found: set[str]) -> tuple[str, ...]:
     """The class folders in index order: as our classes.txt beside a shard says, else sorted as timm sorts them."""
     beside = path.parent / CLASSES
     if path.is_file() and beside.is_file() and is_dataset(path.parent):
-        listed = tuple(beside.read_text(encoding="utf-8").split())
+        listed = tuple(beside.read_text(encoding="utf-8", errors="replace").split())
         if found <= set(listed):
             return listed
     return tuple(sorted(found, key=natural_key))
