@@ -78,7 +78,7 @@ from fastdfkd_cli.generators import Generator, Pixels
 from fastdfkd_cli.job import Job, prepare
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.models import ModelOptions
-from fastdfkd_cli.runtime import describe_device, synchronize, versions
+from fastdfkd_cli.runtime import describe_device, synchronize, tune_process, versions
 from fastdfkd_cli.settings import parse_assignments
 
 aten = torch.ops.aten
@@ -816,11 +816,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="batches to time, with five KD steps after each")
     parser.add_argument("--output", type=Path, help="where the JSON goes; default: stdout")
     args = parser.parse_args()
+    tune_process()  # as the command does
     options = ModelOptions()
     sizes = {"synthesis.batch_size": args.batch, "distillation.batch_size": args.batch}
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)  # noqa: E731
     job = prepare(
         args.teacher, args.student, options, options, args.recipe, None, {**sizes, **parse_assignments(args.settings)},
-        args.device, args.amp, lambda text: print(text, file=sys.stderr), trains=True,
+        JobMachine.choose(args.device, args.amp, say), say, trains=True,
     )  # fmt: skip
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler notes its own starts and ends as errors
     result = measure(job, repeats=max(args.repeats, 1))
