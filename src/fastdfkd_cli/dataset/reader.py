@@ -120,7 +120,7 @@ def _read_synthetic(path: Path, size: tuple[int, int, int] | None, interpolation
         for file, label in zip(files, shard_labels.tolist(), strict=False):
             if file.label != manifest["classes"][label]:
                 raise UnavailableError(f"{file} stands in another class than its label {label}.")
-            images[row] = _decode(file, size, interpolation, stored=stored)
+            images[row] = decode_image(file, size, interpolation, stored=stored)
             row += 1
         if len(files) != shard["images"]:
             raise UnavailableError(f"{tar} holds {len(files)} images, and its manifest says {shard['images']}.")
@@ -154,7 +154,7 @@ def _read_tensors(path: Path, images: int, classes: int) -> tuple[Tensor, Tensor
     return labels.to(torch.int64), logits
 
 
-def _decode(
+def decode_image(
     file: ImageFile, size: tuple[int, int, int], interpolation: str, *, stored: tuple[int, int, int] | None = None
 ) -> Tensor:
     """Return one image as uint8 ``[C, H, W]`` of ``size``; ``stored`` is what it must be as it stands."""
@@ -196,7 +196,7 @@ def _read_plain(path: Path, size: tuple[int, int, int], interpolation: str) -> S
     _require_memory(path, len(files), size)
     order = _class_order(path, {file.label for file in files} - {""})
     index = {name: number for number, name in enumerate(order)}
-    images = torch.stack([_decode(file, size, interpolation) for file in files])
+    images = torch.stack([decode_image(file, size, interpolation) for file in files])
     labels = torch.tensor([index.get(file.label, -1) for file in files])
     return SyntheticSet(images, labels, None, None, order)
 
