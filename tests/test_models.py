@@ -856,3 +856,25 @@ def test_offline_nothing_is_fetched_from_elsewhere_either(tmp_path: Path, monkey
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "x.pth").touch()
     assert download("http://127.0.0.1:9/x.pth", "a net") == tmp_path / "checkpoints" / "x.pth"
+
+
+@pytest.mark.parametrize(
+    ("url", "stated"),
+    [
+        ("https://download.pytorch.org/models/resnet50-11ad3fa6.pth", "11ad3fa6"),
+        ("https://download.pytorch.org/models/net.pth", None),
+        ("https://example.org/resnet50-11ad3fa6.pth", None),
+    ],
+)
+def test_torchvisions_weights_are_those_that_their_name_states(
+    url: str, stated: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(url: str, path: str, hash_prefix: str | None = None, progress: bool = True) -> None:
+        assert hash_prefix == stated
+        raise RuntimeError('invalid hash value (expected "11ad3fa6", got "0")')
+
+    monkeypatch.setattr("fastdfkd_cli.hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", fetched)
+    with pytest.raises(UnavailableError, match="weights of a net cannot be downloaded .*: RuntimeError: invalid hash"):
+        download(url, "a net")

@@ -44,6 +44,8 @@ from fastdfkd_cli.weights import (
 
 #: What in ``model_args`` is no argument of a network, but tells timm to read other files or to ask a server.
 _LOADING = re.compile(r"pretrained.*|checkpoint_path|cache_dir")
+#: How torchvision's files are called, as torch.hub reads it.
+_STATED_HASH = re.compile(r"-([a-f0-9]{8,64})\.")
 _CROP_MODES = ("center", "squash", "border")
 #: Weights in a Hub repository or a folder, in the order timm looks for them.
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
@@ -345,14 +347,15 @@ def _pretrained_names(key: str) -> list[str]:
 
 
 def download(url: str, name: str) -> Path:
-    """A weights file by URL, kept where torch.hub keeps them."""
+    """A weights file by URL, kept where torch.hub keeps them; torchvision's by the checksum in its name."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.is_file():
         refuse_offline(f"The weights of {name}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path), progress=False)
-        except (urllib.error.URLError, OSError) as error:
+            stated = _STATED_HASH.search(path.name) if url.startswith("https://download.pytorch.org/") else None
+            torch.hub.download_url_to_file(url, str(path), stated[1] if stated else None, progress=False)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: another file than stated
             raise UnavailableError(
                 f"The weights of {name} cannot be downloaded from {url}: {one_line(error)}"
             ) from error
