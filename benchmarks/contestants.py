@@ -26,7 +26,7 @@ import plain
 from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.distillation import Distillation
 from fastdfkd_cli.errors import FastDFKDError, UsageError
-from fastdfkd_cli.job import Job, accelerated, plan_of, prepare
+from fastdfkd_cli.job import Job, Machine, accelerated, plan_of, prepare
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.models import ModelOptions
 from fastdfkd_cli.pool import ImagePool
@@ -88,8 +88,8 @@ def job_of(setup: Setup, amp: bool | None) -> Job:
     teacher, options = teacher_of(setup)
     overrides = {**setup.overrides, "pool_size": setup.pool_images, "quality_images": 0}
     return prepare(
-        teacher, setup.student, options, ModelOptions(), setup.recipe, None, overrides, setup.device, amp,
-        lambda _: None, trains=True,
+        teacher, setup.student, options, ModelOptions(), setup.recipe, None, overrides,
+        Machine.choose(setup.device, amp, lambda _: None), lambda _: None, trains=True,
     )  # fmt: skip
 
 

@@ -76,6 +76,7 @@ from fastdfkd_cli.distillation import Distillation
 from fastdfkd_cli.errors import FastDFKDError
 from fastdfkd_cli.generators import Generator, Pixels
 from fastdfkd_cli.job import Job, prepare
+from fastdfkd_cli.job import Machine as JobMachine
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.models import ModelOptions
 from fastdfkd_cli.runtime import describe_device, synchronize, tune_process, versions

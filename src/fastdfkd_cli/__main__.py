@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -20,6 +21,7 @@ from fastdfkd_cli import stopping
 from fastdfkd_cli.cli import app
 from fastdfkd_cli.console import print_error
 from fastdfkd_cli.errors import FastDFKDError, is_out_of_memory
+from fastdfkd_cli.processes import leads, speaks_first
 from fastdfkd_cli.stopping import Stopped
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -37,6 +39,22 @@ _DISK_ERRORS = {
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
+#: Seconds that the other processes of a run leave to rank 0 to say what they most likely all have to say.
+_DEFERENCE = 5.0
+
+
+def _print_error(text: str, *, kind: str = "error") -> None:
+    """Print the line that ends this process; where it is one of several that end alike, rank 0 does so.
+
+    torchrun ends the others as soon as one has failed. Whoever is still there after some seconds is alone with it.
+    """
+    if not speaks_first():
+        if kind == "interrupted":
+            return
+        time.sleep(_DEFERENCE)
+    print_error(text, kind=kind)
+
+
 @contextmanager
 def _signals_raise() -> Iterator[None]:
     """Let Ctrl-C or SIGTERM unwind the run, so that it cleans up; one more ends it at once.
@@ -47,8 +65,9 @@ def _signals_raise() -> Iterator[None]:
 
     def stop(signum: int, frame: FrameType | None) -> None:
         if stopping.ask(signum):
-            # Not print: the handler may have interrupted one.
-            os.write(2, b"fastdfkd: finishing the step and saving; once more to stop at once\n")
+            if leads():  # not each of several processes
+                # Not print: the handler may have interrupted one.
+                os.write(2, b"fastdfkd: finishing the step and saving; once more to stop at once\n")
             return
         for each in _SIGNALS:
             signal.signal(each, signal.SIG_DFL)
@@ -78,7 +97,7 @@ def _run(arguments: Sequence[str]) -> int:
         where = "fastdfkd" if context_of_error is None else context_of_error.command_path
         message = error.format_message()  # type: ignore[attr-defined]
         end = "" if message.endswith((".", "?")) else "."
-        print_error(f"{message}{end} `{where} --help` lists the options.")
+        _print_error(f"{message}{end} `{where} --help` lists the options.")
         return 2
     sys.stdout.flush()
     return 0
@@ -90,16 +109,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words after the command's name; default: ``sys.argv[1:]``.
     """
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        # gloo remarks on each connection that ends; read when torch is loaded.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         with _signals_raise():
             return _run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt as error:
         signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
         left = " ".join(getattr(error, "__notes__", ())) or "nothing unfinished was kept"
-        print_error(f"stopped by {stopping.name_of(signum)}; {left}.", kind="interrupted")
+        _print_error(f"stopped by {stopping.name_of(signum)}; {left}.", kind="interrupted")
         return 128 + signum
     except FastDFKDError as error:
-        print_error(str(error))
+        _print_error(str(error))
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output has gone (`| head`). Python flushes stdout once more at exit: give it a place to go.
@@ -110,18 +132,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         where = f" for {error.filename}" if error.filename else ""
         what, hint = _DISK_ERRORS[error.errno]
-        print_error(f"{what}{where}; {hint}.")
+        _print_error(f"{what}{where}; {hint}.")
         return 1
     except (MemoryError, RuntimeError) as error:
         if "does not have a deterministic implementation" in str(error):
             operator = str(error).partition(" does not have")[0]
-            print_error(
+            _print_error(
                 f"--deterministic: {operator} cannot be repeated on this device; leave it out, or --device cpu."
             )
             return 2
         if not is_out_of_memory(error):
             raise
-        print_error(
+        _print_error(
             "The device is out of memory; lower the batch sizes (--set synthesis.batch_size=... --set "
             "distillation.batch_size=..., or -b) or choose another --device."
         )

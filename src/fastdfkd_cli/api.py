@@ -6,6 +6,7 @@ progress goes to ``on_record`` and remarks to ``on_message``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,10 +23,19 @@ from fastdfkd_cli.config import RunConfig, to_dict
 from fastdfkd_cli.data import EvaluationData, open_evaluation_data
 from fastdfkd_cli.dataset import DatasetWriter, SyntheticSet, read_dataset
 from fastdfkd_cli.distillation import Distillation
+from fastdfkd_cli.distributed import (
+    broadcast_,
+    fingerprint,
+    joined,
+    require_same,
+    sum_,
+    text_of_leader,
+)
 from fastdfkd_cli.errors import FastDFKDError, UsageError
 from fastdfkd_cli.export import export_student, verify_export, write_samples
 from fastdfkd_cli.job import (
     Job,
+    Machine,
     Model,
     OnMessage,
     accelerated,
@@ -33,6 +43,7 @@ from fastdfkd_cli.job import (
     bounded_pool,
     copied,
     cost_line,
+    divided,
     plan_of,
     prepare,
     silent,
@@ -44,9 +55,10 @@ from fastdfkd_cli.models import ModelOptions, check_forward, load_teacher
 from fastdfkd_cli.output import StagedDirectory, write_bytes, write_json
 from fastdfkd_cli.plan import model_size
 from fastdfkd_cli.pool import ImagePool
+from fastdfkd_cli.processes import ALONE, Group
 from fastdfkd_cli.quality import Quality, QualitySignal
 from fastdfkd_cli.records import MetricsLog, Record
-from fastdfkd_cli.resume import Keeper, checkpoint_folder, identity
+from fastdfkd_cli.resume import Keeper, Unfinished, checkpoint_folder, identity
 from fastdfkd_cli.runtime import (
     describe_device,
     deterministic_algorithms,
@@ -56,6 +68,7 @@ from fastdfkd_cli.runtime import (
 )
 from fastdfkd_cli.settings import CHECKPOINT_EVERY
 from fastdfkd_cli.stopping import patiently
+from fastdfkd_cli.synced_norm import synced_batch_norm
 from fastdfkd_cli.synthesis import Synthesis, header
 
 OnRecord = Callable[[Record], None]
@@ -71,7 +84,7 @@ class DistillResult:
     student: nn.Module
     #: The folder it was exported to; None without ``output``.
     path: Path | None
-    #: What ``report.json`` holds.
+    #: What ``report.json`` holds; empty in ranks above 0.
     report: dict[str, Any]
 
 
@@ -105,6 +118,8 @@ def distill(
     eval_data: str | None = None,
     eval_dataset: str | None = None,
     eval_split: str = "validation",
+    group: Group = ALONE,
+    fail: OnMessage | None = None,
     on_record: OnRecord | None = None,
     on_message: OnMessage | None = None,
 ) -> DistillResult:
@@ -130,6 +145,9 @@ def distill(
         compile: compile the networks' passes first (a minute or so); falls back, with a remark.
         graphs: replay a synthesised batch, and a KD step, as one CUDA graph; falls back, with a remark.
         eval_data, eval_dataset, eval_split: real images to judge the finished student on, once.
+        group: of several processes, which one this is (:func:`fastdfkd_cli.processes.from_environment`). All of them
+            call this with the same arguments; rank 0 alone judges, exports and writes, when the others have returned.
+        fail: takes the last line of a process that hangs in a call which does not return, because another is lost.
         on_record: called with every :class:`~fastdfkd_cli.records.Record`.
         on_message: called with one-line remarks.
 
@@ -140,8 +158,13 @@ def distill(
     """
     log = MetricsLog(on_record)
     say = on_message or silent
+    kept: list[Path] = []
     with ExitStack() as stack:
-        if output is not None:
+        stack.enter_context(_noting(kept))
+        machine = Machine.choose(device, amp, say, group)
+        together = stack.enter_context(ExitStack())
+        together.enter_context(joined(group, machine.device, say=fail or silent))
+        if output is not None and group.leads:
             StagedDirectory(output, overwrite).check()
         job = prepare(
             teacher,
@@ -151,24 +174,37 @@ def distill(
             recipe,
             config,
             overrides,
-            device,
-            amp,
+            machine,
             say,
             trains=True,
             given=data_dir is not None,
         )
         assert job.student is not None
-        judge = _open_judge(eval_data, eval_dataset, eval_split, job)
+        judge = _open_judge(eval_data, eval_dataset, eval_split, job) if group.leads else None
         given = _read_given(data_dir, job)
-        checkpoints = _open_checkpoints(stack, job, given, output, resume, overwrite, say)
-        latest = checkpoints.latest if checkpoints is not None else None
+        about = identity(job.config, job.teacher, job.student, machine.amp, given)
+        require_same(group, "settings", json.dumps(about, sort_keys=True, default=str))
+        folder = _checkpoint_folder(output, resume)
+        checkpoints = None
+        if folder is not None and group.leads:
+            checkpoints = _open_checkpoints(stack, folder, about, output, resume, overwrite, say)
+        if folder is not None:
+            kept.append(checkpoints.folder if checkpoints is not None else folder)
+        latest = Unfinished.told(group, checkpoints)
         stack.enter_context(deterministic_algorithms(job.config.deterministic))
-        if latest is None:
-            plan = plan_of(job, given) if on_message is not None else None
+        whole, parts = job.config, divided(job.config, group.world_size)
+        job.config = parts
+        if group.several:
+            say(_shares_line(job, given))
+            if latest is not None and latest.processes != group.world_size:
+                say(f"the unfinished run had {latest.processes} process{'es' if latest.processes > 1 else ''}")
+        if latest is None or latest.processes != group.world_size:
+            plan = plan_of(job, given) if on_message is not None and group.leads else None
             if plan is not None:
-                say(cost_line(plan, job.config))
+                say(cost_line(plan, job.config, group.world_size))
             if given is None:
                 job.config = bounded_pool(job, say)
+            plan = json.loads(text_of_leader(group, json.dumps(plan))) if group.several else plan
             acceleration = accelerated(job, plan, compiles=compile, graphs=graphs, say=say)
         else:
             # What was decided from the memory that was free then is kept to, so that the rest is the same.
@@ -176,126 +212,179 @@ def distill(
             job.config = replace(job.config, pool_size=chosen.pop("pool_size"))
             acceleration = accelerated(job, None, compiles=compile, graphs=graphs, say=say, **chosen)
         # Dropout and the like draw from the global state: it follows from the seed while the run lasts.
-        cuda = [job.machine.device] if job.machine.device.type == "cuda" else []
+        cuda = [machine.device] if machine.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
-        torch.manual_seed(job.config.seed)
-        with _noting(checkpoints):
-            run, quality = _distil(job, given, acceleration, checkpoints, checkpoint_every, say, log)
-            scores, failure = None, None
-            try:
-                scores = _judge(job, judge, say, log)
-            except FastDFKDError as error:
-                failure = error  # the student is finished: it is not lost to a damaged picture
-            held_up = checkpoints.seconds if checkpoints is not None else 0.0
-            report = _report(job, run, given, data_dir, quality, scores, held_up, log.elapsed)
-            if output is not None:
-                with StagedDirectory(output, overwrite) as folder:
-                    write_bytes(folder / "metrics.jsonl", log.content())
-                    _export(folder, job, run, report, say)
+        torch.manual_seed(group.seed(job.config.seed))
+        keeper_of = None
+        if folder is not None:
+            keeper_of = _KeeperOf(checkpoints, latest, checkpoint_every)
+        run, held = _distil(job, given, acceleration, keeper_of, say, log)
+        together.close()  # what is left is rank 0's alone
+        if not group.leads:
+            return DistillResult(job.student.module, None, {})
+        if job.config.pool_size == parts.pool_size:
+            job.config = whole
+        else:
+            job.config = replace(whole, pool_size=job.config.pool_size * group.world_size)
+        quality = _quality(job, log)
+        scores, failure = None, None
+        try:
+            scores = _judge(job, judge, say, log)
+        except FastDFKDError as error:
+            failure = error  # the student is finished: it is not lost to a damaged picture
+        held_up = checkpoints.seconds if checkpoints is not None else 0.0
+        report = _report(job, run, given, data_dir, quality, scores, held_up, held, log.elapsed)
+        if output is not None:
+            with StagedDirectory(output, overwrite) as staged:
+                write_bytes(staged / "metrics.jsonl", log.content())
+                _export(staged, job, run, report, say)
         if checkpoints is not None:
             checkpoints.finish()
     if failure is not None:
-        kept = f" The student itself is whole, in {output}." if output is not None else ""
-        raise type(failure)(f"{failure}{kept}") from failure
+        where = f" The student itself is whole, in {output}." if output is not None else ""
+        raise type(failure)(f"{failure}{where}") from failure
     return DistillResult(job.student.module, Path(output) if output is not None else None, report)
+
+
+def _shares_line(job: Job, given: SyntheticSet | None) -> str:
+    """What several processes do together, in one line."""
+    several, config = job.machine.group.world_size, job.config
+    parts = [f"{several} processes; a step is over {several} x {config.distillation.batch_size} images in distillation"]
+    if given is None:
+        parts.append(f"{several} x {config.synthesis.batch_size} in synthesis")
+        if config.schedule.time_budget is None:
+            parts.append(f"each process makes {config.synthetic_images:,} images")
+    return ", ".join(parts)
+
+
+def _checkpoint_folder(output: str | Path | None, resume: str | Path | None) -> Path | None:
+    """Where the run is saved; None: nowhere."""
+    if resume is not None and str(resume) != "auto":
+        return Path(resume)
+    if output is not None:
+        return checkpoint_folder(output)
+    if resume is not None:
+        raise UsageError("resume='auto' goes on with the run of an output: name it, or the folder of checkpoints.")
+    return None
 
 
 def _open_checkpoints(
     stack: ExitStack,
-    job: Job,
-    given: SyntheticSet | None,
+    folder: Path,
+    about: Mapping[str, Any],
     output: str | Path | None,
     resume: str | Path | None,
     overwrite: bool,
     say: OnMessage,
-) -> Checkpoints | None:
-    """Where the run is saved, and the unfinished one that it goes on with, if any."""
-    assert job.student is not None
-    named = resume is not None and str(resume) != "auto"
-    if resume is not None and not named and output is None:
-        raise UsageError("resume='auto' goes on with the run of an output: name it, or the folder of checkpoints.")
-    if not named and output is None:
-        return None
-    folder = Path(resume) if named else checkpoint_folder(output)  # type: ignore[arg-type]
-    about = identity(job.config, job.teacher, job.student, job.machine.amp, given)
+) -> Checkpoints:
+    """The checkpoints of the run, and of the unfinished one that it goes on with, if any."""
     found = stack.enter_context(
         Checkpoints.open(folder, about, resume=resume is not None, begin_anew=overwrite and resume is None, say=say)
     )
     if output is not None:
         StagedDirectory(output, overwrite).drop_abandoned()
-    if named and found.latest is None:
+    if resume is not None and str(resume) != "auto" and found.latest is None:
         raise UsageError(f"{folder} holds no checkpoint: check the path, or leave --resume out.")
     return found
 
 
 @contextmanager
-def _noting(checkpoints: Checkpoints | None) -> Iterator[None]:
-    """Say of an end before the end what there is to go on from."""
+def _noting(kept: list[Path]) -> Iterator[None]:
+    """Say of an end before the end what there is to go on from.
+
+    Args:
+        kept: the folder of checkpoints, once it is known.
+    """
     try:
         yield
     except (KeyboardInterrupt, FastDFKDError) as end:
-        if checkpoints is not None and checkpoints.folder.exists():
-            kept = f"the last checkpoint is kept in {checkpoints.folder}: --resume auto goes on with it"
-            if isinstance(end, FastDFKDError):
-                end.args = FastDFKDError(f"{end} {kept[0].upper()}{kept[1:]}.").args
-            elif not getattr(end, "__notes__", None):
-                end.add_note(kept)
+        for folder in kept:
+            if folder.exists():
+                note = f"the last checkpoint is kept in {folder}: --resume auto goes on with it"
+                if isinstance(end, FastDFKDError):
+                    end.args = FastDFKDError(f"{end} {note[0].upper()}{note[1:]}.").args
+                elif not getattr(end, "__notes__", None):
+                    end.add_note(note)
         raise
+
+
+@dataclass(frozen=True)
+class _KeeperOf:
+    """What a run's keeper is made of."""
+
+    checkpoints: Checkpoints | None
+    latest: Unfinished | None
+    every: float
+
+    def __call__(self, run: Distillation, log: MetricsLog, group: Group) -> Keeper:
+        return Keeper(self.checkpoints, run, log, self.every, group)
 
 
 def _distil(
     job: Job,
     given: SyntheticSet | None,
     acceleration: Acceleration,
-    checkpoints: Checkpoints | None,
-    checkpoint_every: float,
+    keeper_of: _KeeperOf | None,
     say: OnMessage,
     log: MetricsLog,
-) -> tuple[Distillation, Quality | None]:
-    """Synthesis and distillation, then the quality signal."""
+) -> tuple[Distillation, int]:
+    """Synthesis and distillation: the run that has ended, and how many images all pools hold together."""
     assert job.student is not None
-    device = job.machine.device
+    device, group = job.machine.device, job.machine.group
     teacher, student = job.machine.place(job.teacher), job.machine.place(job.student)
+    broadcast_(group, [*student.parameters(), *student.buffers()])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     synthesizer, pool = None, None
     if given is None:
-        synthesizer = build_method(job.config, teacher, acceleration=acceleration, **job.keywords())
+        synthesizer = build_method(job.config, teacher, acceleration=acceleration, group=group, **job.keywords())
     else:
-        pool = ImagePool.holding(given.images, given.labels, device)
-    run = Distillation(
-        job.config,
-        teacher,
-        student,
-        synthesizer=synthesizer,
-        image_size=job.size,
-        device=device,
-        amp=job.machine.amp,
-        pool=pool,
-        acceleration=acceleration,
-    )
-    keeper = None
-    if checkpoints is not None:
-        keeper = Keeper(checkpoints, run, log, checkpoint_every)
+        if len(given.images) < group.world_size:
+            raise UsageError(f"{len(given.images)} images cannot be divided among {group.world_size} processes.")
+        mine = slice(group.rank, None, group.world_size)
+        pool = ImagePool.holding(given.images[mine], given.labels[mine], device)
     try:
-        if keeper is not None:
-            run.at_border = keeper.at_border
-            if keeper.checkpoints.latest is not None:
-                keeper.take_up(keeper.checkpoints.latest)
-                say(f"going on after {run.images_made:,} images and {run.steps_taken:,} KD steps")
-        run.prepare()
-        with patiently() if keeper is not None else nullcontext():
-            log.drain(run)
-            if keeper is not None:
-                keeper.save()  # a finished student is not lost to what comes after it
+        with synced_batch_norm(student, group):
+            run = Distillation(
+                job.config,
+                teacher,
+                student,
+                synthesizer=synthesizer,
+                image_size=job.size,
+                device=device,
+                amp=job.machine.amp,
+                pool=pool,
+                acceleration=acceleration,
+                group=group,
+            )
+            keeper = keeper_of(run, log, group) if keeper_of is not None else None
+            if keeper_of is not None and keeper is not None:
+                run.at_border = keeper.at_border
+                if keeper_of.latest is not None:
+                    keeper.take_up(keeper_of.latest)
+                    say(f"going on after {run.images_made:,} images and {run.steps_taken:,} KD steps")
+            run.prepare()
+            with patiently() if keeper is not None else nullcontext():
+                log.drain(run)
+                if keeper is not None:
+                    keeper.end()
+        require_same(group, "student in the end", fingerprint(student.state_dict().values()) if group.several else "")
     finally:
         if synthesizer is not None:
             synthesizer.close()
+    held = torch.tensor(len(run.pool))
+    sum_(group, [held])
+    return run, int(held)
+
+
+def _quality(job: Job, log: MetricsLog) -> Quality | None:
+    """The quality signal, where it is wanted."""
     if not job.config.quality_images:
-        return run, None
-    signal = QualitySignal(job.config, teacher, student, **job.keywords())
+        return None
+    assert job.student is not None
+    signal = QualitySignal(job.config, job.machine.place(job.teacher), job.machine.place(job.student), **job.keywords())
     log.drain(signal)
-    return run, signal.result
+    return signal.result
 
 
 def _read_given(data_dir: str | Path | None, job: Job) -> SyntheticSet | None:
@@ -340,11 +429,13 @@ def _report(
     quality: Quality | None,
     scores: dict[str, Any] | None,
     held_up: float,
+    held: int,
     total: float,
 ) -> dict[str, Any]:
     """Everything that a table or a plot needs, in plain values.
 
     Args:
+        held: images in the pools of all processes.
         held_up: seconds that the run waited for its checkpoints, which are part of synthesis and distillation.
         total: seconds of the whole run.
     """
@@ -357,6 +448,11 @@ def _report(
         "student": {**job.student.describe(), **vars(model_size(job.machine.place(job.student), job.size))},
         "device": describe_device(job.machine.device),
         "amp": job.machine.amp,
+        "processes": job.machine.group.world_size,
+        "global_batch": {
+            "synthesis": job.config.synthesis.batch_size * job.machine.group.world_size,
+            "distillation": job.config.distillation.batch_size * job.machine.group.world_size,
+        },
         "seconds": {
             "synthesis": round(synthesis, 2),
             "distillation": round(distillation, 2),
@@ -366,7 +462,7 @@ def _report(
         },
         "images": run.images_made if given is None else len(given.images),
         "data": _data(given, data_dir),
-        "pool": len(run.pool),
+        "pool": held,
         "kd_steps": run.steps_taken,
         "retries": run.retries,
         "peak_memory_bytes": peak_memory(job.machine.device),
@@ -450,8 +546,7 @@ def synthesize(
         recipe,
         config,
         overrides,
-        device,
-        amp,
+        Machine.choose(device, amp, say),
         say,
         trains=False,
     )
@@ -573,10 +668,14 @@ def plan_distill(
     eval_data: str | None = None,
     eval_dataset: str | None = None,
     eval_split: str = "validation",
+    group: Group = ALONE,
     on_record: OnRecord | None = None,
     on_message: OnMessage | None = None,
 ) -> dict[str, Any]:
-    """What :func:`distill` would do with the same arguments, and what it would cost; nothing is written."""
+    """What :func:`distill` would do with the same arguments, and what it would cost; nothing is written.
+
+    With several processes, rank 0 alone answers: for each of them, but for ``synthetic_images``, which all make.
+    """
     say = on_message or silent
     if output is not None:
         StagedDirectory(output, overwrite).check()
@@ -588,8 +687,7 @@ def plan_distill(
         recipe,
         config,
         overrides,
-        device,
-        amp,
+        replace(Machine.choose(device, amp, say, group), group=ALONE),
         say,
         trains=True,
         given=data_dir is not None,
@@ -597,7 +695,12 @@ def plan_distill(
     assert job.student is not None
     _open_judge(eval_data, eval_dataset, eval_split, job)
     given = _read_given(data_dir, job)
+    whole, job.config = job.config, divided(job.config, group.world_size)
     plan = plan_of(job, given)
+    job.config = whole
+    if given is None:
+        plan["synthetic_images"] *= group.world_size
+    plan["processes"] = group.world_size
     return with_names(plan, job, output)
 
 
@@ -632,8 +735,7 @@ def plan_synthesize(
         recipe,
         config,
         overrides,
-        device,
-        amp,
+        Machine.choose(device, amp, say),
         say,
         trains=False,
     )

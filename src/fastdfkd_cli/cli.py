@@ -10,6 +10,7 @@ import csv
 import io
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,12 +21,14 @@ from fastdfkd_cli import __version__
 from fastdfkd_cli.console import (
     Progress,
     print_columns,
+    print_error,
     print_json,
     print_line,
     print_summary,
     print_values,
 )
 from fastdfkd_cli.errors import ThresholdError, UsageError
+from fastdfkd_cli.processes import from_environment
 from fastdfkd_cli.settings import (
     join_number_lists,
     parse_duration,
@@ -331,6 +334,7 @@ def distill(
 
     Example: fastdfkd distill --teacher timm/resnet50 --student mobilenetv2_100 --time-budget 8h
     """
+    group = from_environment()
     budgets = {"--rounds": rounds, "--images": images, "--time-budget": time_budget}
     if len(given := [name for name, value in budgets.items() if value is not None]) > 1:
         raise UsageError(f"{' and '.join(given)} set the same budget: give one of them.")
@@ -363,7 +367,7 @@ def distill(
 
     tune_process()
 
-    with Progress() as progress:
+    with Progress() if group.leads else nullcontext() as progress:
         request: dict[str, Any] = {
             "teacher_options": _model_options(teacher_said),
             "student_options": _model_options(student_said),
@@ -377,11 +381,14 @@ def distill(
             "eval_data": eval_data,
             "eval_dataset": eval_dataset,
             "eval_split": eval_split,
-            "on_record": progress.record,
-            "on_message": progress.message,
+            "on_record": progress.record if progress is not None else None,
+            "on_message": progress.message if progress is not None else None,
         }
+        if group.several:
+            request["group"] = group
+        ending: dict[str, Any] = {"fail": print_error} if group.several else {}
         if dry_run:
-            plan = api.plan_distill(teacher, student, **request)
+            plan = api.plan_distill(teacher, student, **request) if group.leads else {}
         else:
             result = api.distill(
                 teacher,
@@ -391,7 +398,10 @@ def distill(
                 checkpoint_every=every,
                 compile=compile,
                 graphs=graphs,
+                **ending,
             )
+    if not group.leads:
+        return
     if dry_run:
         _print_plan(plan, json)
         return
@@ -466,6 +476,7 @@ def synthesize(
 
     Example: fastdfkd synthesize --teacher timm/resnet50 --num-images 50000 --output synthetic
     """
+    _require_one_process("synthesize")
     if resume and overwrite:
         raise UsageError("--resume goes on with what is in the folder and --overwrite discards it: give one of them.")
     every = parse_interval(checkpoint_every)
@@ -612,6 +623,7 @@ def evaluate(
 
     Example: fastdfkd evaluate student --dataset torch/cifar10 --data-dir data --min-top1 90 --json
     """
+    _require_one_process("evaluate")
     if data_dir is None and dataset is None:
         raise UsageError("Nothing to judge on: give --data-dir DIR, --dataset NAME or both.")
     if amp_dtype not in ("bfloat16", "float16"):
@@ -730,6 +742,11 @@ def _settings(
 
         get_recipe(name)
     return name, overrides
+
+
+def _require_one_process(command: str) -> None:
+    if (count := from_environment().world_size) > 1:
+        raise UsageError(f"{command} works in one process, and torchrun started {count}: run it without torchrun.")
 
 
 def _said(

@@ -19,7 +19,7 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from fastdfkd_cli import losses
+from fastdfkd_cli import losses, stopping
 from fastdfkd_cli.acceleration import (
     EAGER,
     WARM_UP,
@@ -30,9 +30,11 @@ from fastdfkd_cli.acceleration import (
     statistics_held,
 )
 from fastdfkd_cli.config import DistillationConfig, RunConfig
+from fastdfkd_cli.distributed import Agreement, largest, mean_, of_leader
 from fastdfkd_cli.errors import FastDFKDError, is_out_of_memory
 from fastdfkd_cli.methods import Synthesizer
 from fastdfkd_cli.pool import ImagePool, to_float
+from fastdfkd_cli.processes import ALONE, Group
 from fastdfkd_cli.records import Phase, Record
 from fastdfkd_cli.runtime import synchronize
 
@@ -75,6 +77,10 @@ class Position:
     kd_steps: int = 0
 
 
+def _now() -> float:
+    return time.perf_counter()
+
+
 @dataclass
 class Clock:
     """How far a run is, by rounds or by the wall clock.
@@ -95,22 +101,31 @@ class Clock:
     fitted: bool = False
     final_seconds: float = 0.0
     distillation_started: float | None = None
-    started: float = field(default_factory=time.perf_counter)
+    #: Seconds since some moment: where several processes decide by them, what they have agreed on.
+    now: Callable[[], float] = _now
+    started: float = field(default_factory=_now)
+
+    def start(self, elapsed: float = 0.0) -> None:
+        """Count from here on, from ``elapsed``."""
+        self.started = self.now() - elapsed
 
     @property
     def elapsed(self) -> float:
-        return time.perf_counter() - self.started
+        return self.now() - self.started
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, with the time that has passed instead of the time of day."""
-        return {name: value for name, value in vars(self).items() if name != "started"} | {"elapsed": self.elapsed}
+        values = {name: value for name, value in vars(self).items() if name not in ("started", "now")}
+        return values | {"elapsed": self.elapsed}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Clock:
+    def from_dict(cls, values: Mapping[str, Any], now: Callable[[], float] = _now) -> Clock:
         """A clock that goes on from where :meth:`to_dict` was asked."""
         values = dict(values)
         elapsed = values.pop("elapsed")
-        return cls(**values, started=time.perf_counter() - elapsed)
+        clock = cls(**values, now=now)
+        clock.start(elapsed)
+        return clock
 
     @property
     def out_of_time(self) -> bool:
@@ -179,6 +194,7 @@ class Student:
         config: the distillation section.
         amp: bf16 autocast in both networks.
         acceleration: how its steps may be made faster.
+        group: the processes that take each step together, each on a batch of its own.
     """
 
     def __init__(
@@ -188,8 +204,10 @@ class Student:
         device: torch.device,
         amp: bool,
         acceleration: Acceleration = EAGER,
+        group: Group = ALONE,
     ) -> None:
         self.net = net
+        self.group = group
         self.config = config
         self.device = device
         self.amp = amp
@@ -275,9 +293,21 @@ class Student:
             loss = losses.distillation(teacher_logits, student_logits, self.config.temperature)
             with statistics_held(self.net) if self.acceleration.checkpoint else nullcontext():
                 loss.backward()
-        self.optimizer.step()
         agreement = (teacher_logits.argmax(1) == student_logits.argmax(1)).float().mean()
+        if self.group.several:
+            mean_(self.group, [loss.detach(), agreement, *self._gradients()])
+        self.optimizer.step()
         return loss.detach(), agreement
+
+    def _gradients(self) -> list[Tensor]:
+        """One of each weight that is trained, as all processes send the same: 0 where a weight took no part."""
+        found = []
+        for parameter in self.net.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is not None:
+                found.append(parameter.grad)
+        return found
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights, statistics, momentum and average."""
@@ -382,6 +412,8 @@ class Distillation:
         image_size: C, H, W of the images.
         pool: images made earlier, for a run without synthesis.
         acceleration: how KD steps may be made faster; synthesis has its own from its method.
+        group: the processes that carry it out together. ``config``'s batches and rounds are those of each, the pool is
+            its own, and the student and all that is decided are the same in all.
 
     Raises:
         FastDFKDError: a loss or a weight stopped being finite, again and again at lower rates.
@@ -399,6 +431,7 @@ class Distillation:
         amp: bool,
         pool: ImagePool | None = None,
         acceleration: Acceleration = EAGER,
+        group: Group = ALONE,
     ) -> None:
         if synthesizer is None and (pool is None or not len(pool)):
             raise ValueError("a run needs a synthesizer or a pool with images")
@@ -407,11 +440,12 @@ class Distillation:
         self.synthesizer = synthesizer
         self.device = device
         self.amp = amp
-        self.student = Student(student, config.distillation, device, amp, acceleration)
+        self.group = group
+        self.student = Student(student, config.distillation, device, amp, acceleration, group)
         self.pool = pool if pool is not None else self._new_pool(image_size)
-        self.rng = torch.Generator().manual_seed(config.seed + 1)
+        self.rng = torch.Generator().manual_seed(group.seed(config.seed + 1))
         self.costs = Costs()
-        self.images_made = 0
+        self.images_made = 0  #: By all processes.
         self.steps_taken = 0
         self.position = Position()
         #: Called at every border at which the run can be saved and gone on with: after each batch and each KD step.
@@ -420,6 +454,8 @@ class Distillation:
         self.retries: list[dict[str, Any]] = []
         self.acceleration = acceleration
         self._taken_up = self._distilling = False
+        self._agreement = Agreement(group)
+        self._request, self._seconds = 0, 0.0  # what was agreed on last
         schedule = config.schedule
         self.clock = Clock(
             schedule.time_budget,
@@ -429,13 +465,18 @@ class Distillation:
             schedule.batches_per_round,
             schedule.kd_steps_per_round,
             config.synthesis.generator_reset_after,
+            now=self._now,
         )
-        made = config.synthetic_images if synthesizer is not None else len(self.pool)
+        self._given = int(largest(group, len(self.pool))[0])  # parts of a set may differ by an image
+        made = config.synthetic_images if synthesizer is not None else self._given
         #: Variations of each pool image that are labelled once; 0: what is drawn is labelled.
         self.label_views = label_views(config.distillation, images=made, kd_steps=self._total_steps)
-        self._last_record = 0.0
+        self._last_record = -math.inf if group.several else 0.0
         self._batch_losses: dict[str, Tensor] = {}
         self._step_figures: dict[str, Tensor | float] = {}
+
+    def _now(self) -> float:
+        return self._seconds if self.group.several else _now()
 
     def prepare(self) -> None:
         """Compile what the run will compute, where that is wanted; no result depends on it."""
@@ -453,12 +494,13 @@ class Distillation:
         return pool
 
     def __iter__(self) -> Iterator[Record]:
+        self._agreement = Agreement(self.group)  # its clock starts here
         if not self._taken_up:
-            self.clock.started = time.perf_counter()
+            self.clock.start()
             if self.synthesizer is None and self.clock.budget is not None and self.label_views:
                 # Rounds have no end under a time budget: here it decides how often an image is drawn.
                 steps = int(self.clock.budget / self.time_kd_step())
-                self.label_views = label_views(self.config.distillation, images=len(self.pool), kd_steps=steps)
+                self.label_views = label_views(self.config.distillation, images=self._given, kd_steps=steps)
         self._remember()
         while True:
             try:
@@ -524,9 +566,21 @@ class Distillation:
             position.batches += 1
             if self.clock.budget is not None and not self.clock.fitted:
                 self._fit_schedule()
-            self.at_border()
+            self._border()
             if self._record_is_due():
                 yield self._synthesis_record(rate=count / seconds, values=self.check())
+
+    def _border(self) -> None:
+        if self.group.several:
+            self._request, self._seconds = self._agreement(stopping.request())
+            if self._request:
+                stopping.ask(self._request)  # also where the signal did not come
+        self.at_border()
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether this border is the one to stop at; the same for all processes."""
+        return self._request != 0 if self.group.several else stopping.asked()
 
     def synthesize_batch(self, with_student: bool) -> int:
         """Make one batch and put it into the pool; the number of its images. The device may still be at work on it.
@@ -538,7 +592,7 @@ class Distillation:
         self._distilling = False
         batch = self.synthesizer.synthesize(self.student.net if with_student else None)
         self.pool.add(batch.images, batch.labels)
-        self.images_made += len(batch.images)
+        self.images_made += len(batch.images) * self.group.world_size
         self._batch_losses = batch.losses
         return len(batch.images)
 
@@ -553,7 +607,7 @@ class Distillation:
             position.kd_steps += 1
             seconds = time.perf_counter() - began
             self.costs.distillation = spent + seconds  # a round can take minutes, and progress is weighed by cost
-            self.at_border()
+            self._border()
             if self._record_is_due():
                 yield self._distillation_record(rate=(self.steps_taken - steps_then) / seconds)
         synchronize(self.device)
@@ -584,6 +638,10 @@ class Distillation:
             )  # fmt: skip
 
     @property
+    def _total_images(self) -> int:
+        return self.config.synthetic_images * self.group.world_size
+
+    @property
     def _total_steps(self) -> int:
         rounds = self.clock.rounds if self.synthesizer is None else self.clock.rounds - self.clock.warmup_rounds
         return rounds * self.clock.kd_steps_per_round
@@ -601,7 +659,8 @@ class Distillation:
         synchronize(self.device)
         label_seconds = time.perf_counter() - began
         self.costs.distillation += label_seconds
-        batch_seconds, step_seconds = self.costs.synthesis + label_seconds, self.time_kd_step()
+        step_seconds = self.time_kd_step()
+        (batch_seconds,) = of_leader(self.group, self.costs.synthesis + label_seconds)
         warmup = schedule.warmup_rounds / schedule.rounds
         final = schedule.final_rounds / schedule.rounds
 
@@ -633,7 +692,7 @@ class Distillation:
                 self.student.learn(self.teacher if logits is None else logits, images, 0)
                 synchronize(self.device)
                 seconds = min(seconds, time.perf_counter() - began)
-        return seconds
+        return of_leader(self.group, seconds)[0]
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -656,7 +715,7 @@ class Distillation:
             "images_made": self.images_made,
             "steps_taken": self.steps_taken,
             "label_views": self.label_views,
-            "pool": {"added": self.pool.added, "unlabelled": self.pool.unlabelled},
+            "pool": {"added": self.pool.added, "unlabelled": self.pool.unlabelled, "held": len(self.pool)},
             "rate": self.student.rate,
             "retries": self.retries,
         }
@@ -665,15 +724,45 @@ class Distillation:
     def take_up(
         self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]
     ) -> None:
-        """Go on from what :meth:`state` and the pool's :meth:`~fastdfkd_cli.pool.ImagePool.parts` gave."""
+        """Go on from what :meth:`state` and the pool's :meth:`~fastdfkd_cli.pool.ImagePool.parts` gave.
 
-        self.clock = Clock.from_dict(values["clock"])
+        Where another number of processes gave it, what :meth:`is_own` is missing: then the run goes on from the last
+        border between rounds that it has reached by now, with draws that follow from its seed.
+        """
+        others = "rng.draws" not in tensors
+        if others and self.clock.budget is None:
+            values = self._at_this_pace(values)
+        self.clock = Clock.from_dict(values["clock"], self._now)
         self.costs = Costs(**values["costs"])
         self.label_views = values["label_views"]
         self.retries = list(values["retries"])
-        self.pool.restore(parts, **values["pool"], augmentation=self.config.distillation.augmentation)
+        added, unlabelled = values["pool"]["added"], values["pool"]["unlabelled"]
+        self.pool.restore(parts, added, unlabelled, self.config.distillation.augmentation)
         self._put_back(tensors, values)
         self._taken_up = True
+
+    def is_own(self, name: str) -> bool:
+        """Whether an entry of :meth:`state` is this process's alone; the others are alike in all of several."""
+        if name.startswith("method."):
+            return self.synthesizer is not None and self.synthesizer.is_own(name.removeprefix("method."))
+        return name in ("rng.draws", "rng.cpu", "rng.cuda")
+
+    def _at_this_pace(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Position and clock of a run of so many rounds, in the rounds that this one has."""
+        before, position = Clock.from_dict(values["clock"]), Position(**values["position"])
+        clock = self.clock.to_dict() | {"elapsed": values["clock"]["elapsed"]}
+        if before.distillation_started is not None:
+            clock["distillation_started"] = before.distillation_started
+        done = position.round + position.kd_steps / before.kd_steps_per_round
+        round_now = min(int(done / before.rounds * self.clock.rounds + 1e-9), self.clock.rounds)
+        if self.synthesizer is not None and position.round >= before.warmup_rounds:
+            round_now = max(round_now, self.clock.warmup_rounds)
+        if position.round >= before.rounds:
+            round_now = self.clock.rounds
+        without_steps = self.clock.warmup_rounds if self.synthesizer is not None else 0
+        steps = max(round_now - without_steps, 0) * self.clock.kd_steps_per_round
+        now = vars(Position(round=round_now))
+        return {**values, "clock": clock, "position": now, "steps_taken": steps}
 
     def _put_back(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Networks, position and random states as :meth:`state` gave them."""
@@ -687,6 +776,11 @@ class Distillation:
             self.synthesizer.load_state_dict(part("method."))
         self.position = Position(**values["position"])
         self.images_made, self.steps_taken = values["images_made"], values["steps_taken"]
+        if "rng.draws" not in tensors:
+            seed = self.config.seed + 1 + self.position.round + self.steps_taken
+            self.rng.manual_seed(self.group.seed(seed))
+            torch.manual_seed(self.group.seed(seed + 1))
+            return
         self.rng.set_state(tensors["rng.draws"])
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
@@ -729,8 +823,14 @@ class Distillation:
 
     def _keep_less(self) -> bool:
         """After a KD step ran out of memory: have the student keep fewer activations; whether that was possible."""
-        # A batch of images that does not fit is the method's own affair.
-        if not self._distilling or self.student.acceleration.checkpoint or not can_checkpoint(self.student.net):
+        # A batch of images that does not fit is the method's own affair. And where there are several processes, the
+        # others are waiting further on.
+        if (
+            self.group.several
+            or not self._distilling
+            or self.student.acceleration.checkpoint
+            or not can_checkpoint(self.student.net)
+        ):
             return False
         # What half a step did to the running statistics is undone with the rest of the round.
         self._go_back()
@@ -755,14 +855,14 @@ class Distillation:
 
     def _record_is_due(self) -> bool:
         """Once a second at most: reading figures makes the device wait."""
-        now = time.perf_counter()
+        now = self.clock.now()
         if now - self._last_record < RECORD_EVERY:
             return False
         self._last_record = now
         return True
 
     def _synthesis_record(self, *, rate: float, values: dict[str, float]) -> Record:
-        total = None if self.clock.budget is not None else self.config.synthetic_images
+        total = None if self.clock.budget is not None else self._total_images
         return self._record("synthesis", self.images_made, total, rate=rate, values=values)
 
     def _distillation_record(self, *, rate: float) -> Record:
@@ -795,13 +895,13 @@ class Distillation:
         distilled = self.steps_taken / self._total_steps
         if self.synthesizer is None:
             return distilled
-        made = self.images_made / self.config.synthetic_images
+        made = self.images_made / self._total_images
         if not self.steps_taken:
             # Nothing is known of a KD step's cost yet: count images, as if they were all there is.
             return min(made, 0.99) * self.clock.warmup_rounds / self.clock.rounds
         per_image = self.costs.synthesis / max(self.images_made, 1)
         per_step = max(self.costs.distillation, 1e-9) / self.steps_taken
-        whole = per_image * self.config.synthetic_images + per_step * self._total_steps
+        whole = per_image * self._total_images + per_step * self._total_steps
         return min((per_image * self.images_made + per_step * self.steps_taken) / whole, 1.0)
 
     def check(self) -> dict[str, float]:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NoReturn
@@ -27,9 +28,10 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from fastdfkd_cli import stopping
 from fastdfkd_cli.acceleration import first_line
 from fastdfkd_cli.errors import FastDFKDError, UsageError
-from fastdfkd_cli.processes import Group
+from fastdfkd_cli.processes import Group, note_joined
 
 #: How long a process waits for the others in each message. One that is dead is found out much earlier.
 TIMEOUT = timedelta(minutes=30)
@@ -122,6 +124,7 @@ def joined(
         try:
             _meet(group, store, device)
             _open(group, store, device, timeout)
+            note_joined()
             yield
             _all_reduce(torch.zeros(1))  # nobody leaves, and takes a store or a connection along, before all are done
             failed = False
@@ -262,7 +265,8 @@ class _Lifeline:
             FastDFKDError: the reason, in one process of all.
             SystemExit: in the others.
         """
-        cause = self._cause() or str(lost)
+        with stopping.held():  # torchrun stops the others when one has ended: what ended it is the better news
+            cause = self._cause() or str(lost)
         if self._first_to_fail(cause):
             raise FastDFKDError(f"{cause} The others end with it.") from lost
         raise SystemExit(1) from lost
@@ -447,6 +451,26 @@ def require_same(group: Group, what: str, value: str) -> None:
         )
 
 
+def largest(group: Group, *values: float) -> list[float]:
+    """The largest of each value over all processes: what all of them can do with, where each has a need of its own."""
+    if not group.several:
+        return list(values)
+    message = torch.tensor(values, dtype=torch.float64)
+    with _messages():
+        dist.all_reduce(message, dist.ReduceOp.MAX)
+    return message.tolist()
+
+
+def of_leader(group: Group, *values: float) -> list[float]:
+    """Rank 0's values: seconds that it measured, say, by which all of them then decide alike."""
+    if not group.several:
+        return list(values)
+    message = torch.tensor(values, dtype=torch.float64)
+    with _messages():
+        dist.broadcast(message, src=0)
+    return message.tolist()
+
+
 def fingerprint(tensors: Iterable[Tensor]) -> str:
     """A text that two lists of tensors have in common if they agree bit for bit."""
     digest = hashlib.sha256()
@@ -469,6 +493,99 @@ def first_of_machine(group: Group) -> Iterator[None]:
     yield
     if group.local_rank == 0:
         wait_for_all(group)
+
+
+# -- what one has and another needs -----------------------------------------------------------------------------
+
+
+def text_of_leader(group: Group, text: str) -> str:
+    """Rank 0's text."""
+    if not group.several:
+        return text
+    message = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0).byte()
+    (length,) = of_leader(group, message.numel())
+    if not group.leads:
+        message = torch.empty(int(length), dtype=torch.uint8)
+    with _messages():
+        dist.broadcast(message, src=0)
+    return bytes(message.numpy()).decode()
+
+
+def tensors_of_leader(group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rank 0's tensors, on the CPU; what the others give is not looked at."""
+    if not group.several:
+        return dict(tensors)
+    found = _blank(text_of_leader(group, _described(tensors) if group.leads else ""))
+    for name, target in found.items():
+        if group.leads:
+            target.copy_(tensors[name])
+        with _messages():
+            dist.broadcast(_bytes(target), src=0)
+    return found
+
+
+def gathered(group: Group, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """In rank 0: its own tensors, as they are, and those of each other process, on the CPU. Elsewhere: nothing."""
+    if not group.leads:
+        _send(tensors, 0)
+        return []
+    return [dict(tensors), *(_receive(rank) for rank in range(1, group.world_size))]
+
+
+def dealt(group: Group, shares: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """This process's share, on the CPU, of what rank 0 has for each.
+
+    Args:
+        shares: in rank 0: one for each process, in order; each is made when the one before was sent. Elsewhere it is
+            not looked at.
+    """
+    if not group.leads:
+        return _receive(0)
+    mine: dict[str, Tensor] = {}
+    for rank, share in enumerate(shares):
+        if rank == 0:
+            mine = dict(share)
+        else:
+            _send(share, rank)
+    return mine
+
+
+def _described(tensors: Mapping[str, Tensor]) -> str:
+    """Names, types and shapes, as :func:`_blank` reads them."""
+    return json.dumps({name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()})
+
+
+def _blank(description: str) -> dict[str, Tensor]:
+    facts = json.loads(description).items()
+    return {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in facts}
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor on the CPU: gloo does not know all types."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _send(tensors: Mapping[str, Tensor], to: int) -> None:
+    description = bytearray(_described(tensors).encode())
+    with _messages():
+        dist.send(torch.tensor([len(description)]), to)
+        dist.send(torch.frombuffer(description, dtype=torch.uint8), to)
+        for tensor in tensors.values():
+            if tensor.numel():
+                dist.send(_bytes(tensor.detach().cpu().contiguous()), to)
+
+
+def _receive(source: int) -> dict[str, Tensor]:
+    length = torch.zeros(1, dtype=torch.int64)
+    with _messages():
+        dist.recv(length, source)
+        description = torch.empty(int(length), dtype=torch.uint8)
+        dist.recv(description, source)
+        found = _blank(bytes(description.numpy()).decode())
+        for tensor in found.values():
+            if tensor.numel():
+                dist.recv(_bytes(tensor), source)
+    return found
 
 
 class Agreement:
@@ -527,13 +644,19 @@ __all__ = [
     "Agreement",
     "Lost",
     "broadcast_",
+    "dealt",
     "device_name",
     "fingerprint",
     "first_of_machine",
+    "gathered",
     "joined",
+    "largest",
     "mean_",
     "merged_moments",
+    "of_leader",
     "require_same",
     "sum_",
+    "tensors_of_leader",
+    "text_of_leader",
     "wait_for_all",
 ]

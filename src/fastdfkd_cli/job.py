@@ -21,11 +21,13 @@ from fastdfkd_cli.config import RunConfig, from_dict, to_dict
 from fastdfkd_cli.dataset import SyntheticSet, load_manifest
 from fastdfkd_cli.dataset.layout import is_dataset
 from fastdfkd_cli.distillation import DEFAULT_POOL_IMAGES, label_views
+from fastdfkd_cli.distributed import device_name, first_of_machine, largest
 from fastdfkd_cli.errors import UsageError
 from fastdfkd_cli.models import LoadedModel, ModelOptions, check_forward, load_student, load_teacher
 from fastdfkd_cli.models.files import unwrapped
 from fastdfkd_cli.plan import distillation_plan, synthesis_plan
 from fastdfkd_cli.pool import pool_bytes_per_image
+from fastdfkd_cli.processes import ALONE, Group
 from fastdfkd_cli.recipes import get_recipe
 from fastdfkd_cli.runtime import available_memory, default_amp, describe_device, resolve_device
 from fastdfkd_cli.synthesis import burn_in_batches
@@ -38,15 +40,21 @@ OnMessage = Callable[[str], None]
 class Machine:
     device: torch.device
     amp: bool
+    group: Group = ALONE
 
     @classmethod
-    def choose(cls, device: str, amp: bool | None, say: OnMessage) -> Machine:
-        chosen = resolve_device(device)
-        machine = cls(chosen, default_amp(chosen) if amp is None else amp)
+    def choose(cls, device: str, amp: bool | None, say: OnMessage, group: Group = ALONE) -> Machine:
+        chosen = resolve_device(device_name(group, device))
+        machine = cls(chosen, default_amp(chosen) if amp is None else amp, group)
         if machine.amp and chosen.type == "mps":
             raise UsageError("--amp is not offered on mps: bf16 autocast is incomplete there. Use --no-amp.")
         say(f"device {describe_device(chosen)}, {'bf16' if machine.amp else 'float32'}")
         return machine
+
+    def available_memory(self) -> int:
+        """Bytes that are free for this process now: its part, where others of the run share them."""
+        free = available_memory(self.device)
+        return free if self.device.type == "cuda" else free // self.group.local_size
 
     def place(self, model: LoadedModel) -> nn.Module:
         """The model as the engines want it: images in [0, 1] -> logits, channels-last, on the device."""
@@ -83,18 +91,20 @@ def prepare(
     recipe: str,
     config: RunConfig | None,
     overrides: Mapping[str, Any] | None,
-    device: str,
-    amp: bool | None,
+    machine: Machine,
     say: OnMessage,
     *,
     trains: bool,
     given: bool = False,
 ) -> Job:
-    """Load and check everything that can be wrong before any work is done."""
+    """Load and check everything that can be wrong before any work is done.
+
+    The machine's group, where there is one, has met.
+    """
     if config is None and recipe != "auto":
         get_recipe(recipe)  # a typing error should not wait for a download
-    machine = Machine.choose(device, amp, say)
-    loaded = load_teacher(copied(teacher), teacher_options)
+    with first_of_machine(machine.group):
+        loaded = load_teacher(copied(teacher), teacher_options)
     if loaded.num_classes < 2:
         raise UsageError(f"{loaded.name} has one output; distillation needs two classes or more.")
     say(f"teacher {loaded.name}{f' at {loaded.revision}' if loaded.revision else ''}")
@@ -107,7 +117,7 @@ def prepare(
         _check_synthesis(settings, loaded, machine.device)
     pupil = None
     if student is not None:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), first_of_machine(machine.group):
             # A student from scratch starts the same for the same seed; torch.manual_seed would touch CUDA's states too.
             torch.default_generator.manual_seed(settings.seed)
             if trains:
@@ -185,6 +195,41 @@ def _with_rounds(config: RunConfig, rounds: Any, before: RunConfig, stated: Mapp
     return from_dict({"schedule.rounds": count, **scaled}, base=config)
 
 
+def divided(config: RunConfig, processes: int) -> RunConfig:
+    """The settings of each of several processes: its batches are those of ``config``, and so there are fewer of them.
+
+    All together make as many images, and show the student as many, as one process would, but for rounding to whole
+    rounds, batches and steps. A time budget has no number of rounds to divide.
+    """
+    schedule = config.schedule
+    if processes == 1:
+        return config
+    pool = max(-(-config.pool_size // processes), config.synthesis.batch_size) if config.pool_size else 0
+    if schedule.time_budget is not None:
+        return replace(config, pool_size=pool)
+
+    def share(rounds: int) -> int:
+        return max(round(rounds / processes), 1)
+
+    synthesis, distillation = share(schedule.synthesis_rounds), share(schedule.kd_rounds)
+    rounds = min(max(share(schedule.rounds), synthesis, distillation), synthesis + distillation - 1)
+    batches = schedule.synthesis_rounds * schedule.batches_per_round
+    steps = schedule.kd_rounds * schedule.kd_steps_per_round
+    after = config.synthesis.generator_reset_after
+    return from_dict(
+        {
+            "pool_size": pool,
+            "schedule.rounds": rounds,
+            "schedule.warmup_rounds": rounds - distillation,
+            "schedule.final_rounds": rounds - synthesis,
+            "schedule.batches_per_round": max(round(batches / processes / synthesis), 1),
+            "schedule.kd_steps_per_round": max(round(steps / processes / distillation), 1),
+            "synthesis.generator_reset_after": share(after) if after else 0,
+        },
+        base=config,
+    )
+
+
 def _check_synthesis(config: RunConfig, teacher: LoadedModel, device: torch.device) -> None:
     if config.deterministic and device.type == "cuda" and config.synthesis.augmentation == "resized-crop-flip":
         raise UsageError(
@@ -200,8 +245,11 @@ def _check_synthesis(config: RunConfig, teacher: LoadedModel, device: torch.devi
         )
 
 
-def bounded_pool(job: Job, say: OnMessage) -> RunConfig:
-    """Keep the pool to half of the free memory; the oldest images make room, and the user is told."""
+def bounded_pool(job: Job, say: OnMessage, *, agreed: bool = True) -> RunConfig:
+    """Keep the pool to half of the free memory; the oldest images make room, and the user is told.
+
+    Several processes keep as many images as the smallest of them can, unless one asks for itself (``agreed=False``).
+    """
     config = job.config
     timed = config.schedule.time_budget is not None
     wanted = config.pool_size or (DEFAULT_POOL_IMAGES if timed else config.synthetic_images)
@@ -213,18 +261,21 @@ def bounded_pool(job: Job, say: OnMessage) -> RunConfig:
         augmentation=distillation.augmentation,
         amp=job.machine.amp,
     )
-    fits = available_memory(job.machine.device) // 2 // each
+    fits = job.machine.available_memory() // 2 // each
     fits = max(fits, config.synthesis.batch_size)
+    if agreed:
+        fits = -int(largest(job.machine.group, -fits)[0])
     if wanted <= fits:
         return config
-    say(f"the pool is kept to {fits:,} images, half of the free memory: the oldest make room for new ones")
+    where = "each process's pool" if job.machine.group.several else "the pool"
+    say(f"{where} is kept to {fits:,} images, half of the free memory: the oldest make room for new ones")
     return replace(config, pool_size=fits)
 
 
 def plan_of(job: Job, given: SyntheticSet | None) -> dict[str, Any]:
     assert job.student is not None
     return distillation_plan(
-        job.config if given is not None else bounded_pool(job, silent),
+        job.config if given is not None else bounded_pool(job, silent, agreed=False),
         job.machine.place(job.teacher),
         job.machine.place(job.student),
         pool_images=len(given.images) if given is not None else None,
@@ -272,7 +323,8 @@ def accelerated(
     if graphs and job.machine.device.type != "cuda":
         raise UsageError("--graphs needs a CUDA device: elsewhere there is nothing to record. Leave it out.")
     if plan is not None:
-        available = available_memory(job.machine.device)
+        # The smallest of all processes decides, so that they do the same.
+        available = -largest(job.machine.group, -float(job.machine.available_memory()))[0]
         needed = plan.get("synthesis_memory_bytes", plan["memory_bytes"])
         micro_batch = micro_batch_for(needed, available, job.config.synthesis.batch_size)
         if micro_batch:
@@ -303,15 +355,17 @@ def micro_batch_for(needed: float, available: float, batch_size: int) -> int:
     return min(max(int(batch_size * 0.8 * available / needed), 1), batch_size)
 
 
-def cost_line(plan: Mapping[str, Any], config: RunConfig) -> str:
-    """What a run is about to cost, in one line."""
+def cost_line(plan: Mapping[str, Any], config: RunConfig, processes: int = 1) -> str:
+    """What a run is about to cost, in one line; ``plan`` is that of each process."""
     seconds = plan["seconds"]["total"]
     expected = f"about {seconds / 3600:.1f} hours" if seconds > 5400 else f"about {max(seconds, 1):.0f} seconds"
     if config.schedule.time_budget is not None:
         expected = f"a time budget of {config.schedule.time_budget:.0f} seconds"
+    images = plan["synthetic_images"] * processes
     return (
-        f"expecting {expected}: {plan['synthetic_images']:,} images in {plan['inner_steps']:,} synthesis steps, "
+        f"expecting {expected}: {images:,} images in {plan['inner_steps']:,} synthesis steps, "
         f"{plan['kd_steps']:,} KD steps, {plan['memory_bytes'] / 2**30:.1f} GiB of memory"
+        f"{' in each process' if processes > 1 else ''}"
     )
 
 
@@ -347,6 +401,7 @@ __all__ = [
     "bounded_pool",
     "copied",
     "cost_line",
+    "divided",
     "micro_batch_for",
     "override",
     "plan_of",

@@ -9,7 +9,7 @@ Distillation Framework for Visual Recognition", ECCV 2022).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -290,6 +290,8 @@ class ImagePool:
                     torch.empty(rows, *draws.shape[1:], dtype=draws.dtype, device=self.device),
                     torch.empty(rows, *logits.shape[1:], dtype=logits.dtype, device=self.device),
                 )
+            if stop <= oldest:
+                continue
             places = torch.arange(max(start, oldest), stop, device=self.device) % self.capacity
             for key, target in self._rows(kind).items():
                 target[places] = tensors[key][max(oldest - start, 0) :].to(self.device)
@@ -302,9 +304,60 @@ class ImagePool:
         self.added, self._unlabelled = added, unlabelled
 
 
+@dataclass(frozen=True)
+class StoredPool:
+    """What :meth:`ImagePool.parts` gave over time, and how the pool stood then."""
+
+    parts: Mapping[str, Mapping[str, Tensor]]
+    added: int
+    unlabelled: int
+    held: int
+
+    def rows(self, kind: str) -> dict[str, Tensor]:
+        """The rows of its ``images``, or of its ``soft`` labels, oldest first."""
+        oldest = self.added - self.held
+        spans = sorted((*_span(name), name) for name in self.parts if name.startswith(f"{kind}-"))
+        pieces = [
+            {key: rows[max(oldest - start, 0) :] for key, rows in self.parts[name].items()}
+            for start, stop, name in spans
+            if stop > oldest
+        ]
+        return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]} if pieces else {}
+
+
+def redealt(pools: Sequence[StoredPool], processes: int) -> list[StoredPool]:
+    """The pools of several processes as those of another number of them, each with every so many-th image.
+
+    Age decides the order, so that the oldest still make room first. Images without soft labels must be the newest of a
+    pool: some that have them may lose them.
+    """
+    age = torch.cat([torch.arange(pool.held) * len(pools) + index for index, pool in enumerate(pools)])
+    labelled = torch.cat([torch.arange(pool.held) < pool.held - pool.unlabelled for pool in pools])
+    order = age.argsort()
+    whole = {}
+    for kind in ("images", "soft"):
+        rows_of_each = [pool.rows(kind) for pool in pools]
+        if all(rows_of_each):
+            whole[kind] = {key: torch.cat([rows[key] for rows in rows_of_each]) for key in rows_of_each[0]}
+    with_labels = int(labelled[order].long().cumprod(0).sum()) if "soft" in whole else 0
+    # Soft labels stand in a tensor of their own, without the rows of images that have none.
+    places = {"images": torch.arange(len(age)), "soft": labelled.long().cumsum(0) - 1}
+    found = []
+    for rank in range(processes):
+        chosen = order[rank::processes]
+        held, soft = len(chosen), len(range(rank, with_labels, processes))
+        parts = {}
+        for kind, count in (("images", held), ("soft", soft)):
+            if count and kind in whole:
+                rows = places[kind][chosen[:count]]
+                parts[f"{kind}-0-{count}"] = {key: values[rows] for key, values in whole[kind].items()}
+        found.append(StoredPool(parts, held, held - soft, held))
+    return found
+
+
 def _span(name: str) -> tuple[int, int]:
     _, start, stop = name.split("-")
     return int(start), int(stop)
 
 
-__all__ = ["ImagePool", "pool_bytes_per_image", "to_float", "to_uint8"]
+__all__ = ["ImagePool", "StoredPool", "pool_bytes_per_image", "redealt", "to_float", "to_uint8"]

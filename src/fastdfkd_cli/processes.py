@@ -57,6 +57,28 @@ class Group:
 ALONE = Group()
 
 
+_joined = False
+
+
+def note_joined() -> None:
+    """From here on the processes agree on who says what went wrong."""
+    global _joined
+    _joined = True
+
+
+def leads(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is rank 0, or alone, as far as an environment that nobody has checked yet says."""
+    return environment.get("WORLD_SIZE", "1") in ("", "1") or environment.get("RANK", "0") in ("", "0")
+
+
+def speaks_first() -> bool:
+    """Whether this process says what ends it at once: rank 0, or any once they have agreed who does.
+
+    Before, they most likely all have the same to say.
+    """
+    return _joined or leads()
+
+
 def from_environment(environment: Mapping[str, str] = os.environ) -> Group:
     """Read what torchrun (or a launcher that sets the same variables) says of this process.
 
@@ -96,4 +118,4 @@ def _number(environment: Mapping[str, str], name: str, least: int) -> int:
     return int(text)
 
 
-__all__ = ["ALONE", "Group", "from_environment"]
+__all__ = ["ALONE", "Group", "from_environment", "leads", "note_joined", "speaks_first"]

@@ -7,19 +7,33 @@ files; this is what connects them.
 from __future__ import annotations
 
 import hashlib
-import time
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdfkd_cli import stopping
 from fastdfkd_cli.checkpoint import Checkpoints, Loaded
 from fastdfkd_cli.config import RunConfig, to_dict
 from fastdfkd_cli.dataset import SyntheticSet
 from fastdfkd_cli.distillation import Distillation
+from fastdfkd_cli.distributed import (
+    dealt,
+    gathered,
+    largest,
+    of_leader,
+    tensors_of_leader,
+    text_of_leader,
+    wait_for_all,
+)
 from fastdfkd_cli.errors import UnavailableError
 from fastdfkd_cli.models import LoadedModel
+from fastdfkd_cli.pool import StoredPool, redealt
+from fastdfkd_cli.processes import ALONE, Group
 from fastdfkd_cli.records import MetricsLog
 
 #: Most of a run's time that may go into checkpoints: they come less often where they cost more.
@@ -43,71 +57,234 @@ def identity(
     return {"config": to_dict(config), "teacher": of(teacher), "student": of(student), "amp": amp, "data": data}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unfinished:
+    """The run that is gone on with, as all processes know of it."""
+
+    number: int
+    folder: str
+    #: How many processes it had.
+    processes: int
+    values: Mapping[str, Any]
+    #: In rank 0, which reads it.
+    loaded: Loaded | None
+
+    @classmethod
+    def told(cls, group: Group, checkpoints: Checkpoints | None) -> Unfinished | None:
+        """What rank 0 has found, said to all; None: nothing."""
+        latest = checkpoints.latest if checkpoints is not None else None
+        text = ""
+        if latest is not None:
+            text = json.dumps([latest.number, str(latest.folder), latest.values])
+        text = text_of_leader(group, text)
+        if not text:
+            return None
+        number, folder, values = json.loads(text)
+        processes = values.get("processes", 1)
+        if type(processes) is not int or not 1 <= processes < 2**20:
+            raise UnavailableError(f"Checkpoint {number} in {folder} is of no number of processes.")
+        return cls(number=number, folder=folder, processes=processes, values=values, loaded=latest)
+
+
 class Keeper:
     """Saves a run at its borders: now and then, when it is asked to stop, and when it has ended.
 
+    Of several processes each has one. Rank 0 writes what is common to all, and gathers from each what is its own.
+
     Args:
-        checkpoints: where to.
+        checkpoints: where to; None in ranks above 0.
         run: what.
         log: the metrics so far are part of it.
         every: seconds between two checkpoints at least; 0: only when the run is asked to stop, or has ended.
     """
 
-    def __init__(self, checkpoints: Checkpoints, run: Distillation, log: MetricsLog, every: float) -> None:
+    def __init__(
+        self,
+        checkpoints: Checkpoints | None,
+        run: Distillation,
+        log: MetricsLog,
+        every: float,
+        group: Group = ALONE,
+    ) -> None:
         self.checkpoints = checkpoints
         self.run = run
         self.log = log
         self.every = every
+        self.group = group
         self._parts: set[str] = set()
-        self._due = time.perf_counter() + every
+        self._due = run.clock.now() + every
 
-    def take_up(self, latest: Loaded) -> None:
-        """Put the run and its metrics where ``latest`` was saved.
+    def take_up(self, latest: Unfinished) -> None:
+        """Put the run and its metrics where ``latest`` was saved, by as many processes or by others.
 
         Raises:
             UnavailableError: what it holds does not fit the run, checksums or not: somebody else wrote it.
         """
         try:
-            names = latest.values["parts"]
-            self.run.take_up(latest.tensors, latest.values["run"], {name: latest.segment(name) for name in names})
-            self.log.restore(latest.tensors["metrics"].numpy().tobytes(), float(latest.values["elapsed"]))
-            self._parts = set(names)
+            values = dict(latest.values["run"])
+            if not self.group.several and latest.processes == 1:
+                assert latest.loaded is not None
+                tensors: Mapping[str, Tensor] = latest.loaded.tensors
+                parts: Mapping[str, Mapping[str, Tensor]] = {
+                    name: latest.loaded.segment(name) for name in latest.values["parts"]
+                }
+                self._parts = set(parts)
+            else:
+                tensors, parts, counts = self._share(latest)
+                values["pool"] = dict(zip(("added", "unlabelled"), counts, strict=True))
+                if latest.processes == self.group.world_size:
+                    self._parts = set(parts)
+            self.run.take_up(tensors, values, parts)
+            if self.group.leads:
+                self.log.restore(tensors["metrics"].numpy().tobytes(), float(latest.values["elapsed"]))
+            self._due = self.run.clock.now() + self.every
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise UnavailableError(
-                f"Checkpoint {latest.number} in {self.checkpoints.folder} does not fit this run ({error}): give "
-                "--overwrite to begin anew."
+                f"Checkpoint {latest.number} in {latest.folder} does not fit this run ({error}): give --overwrite to "
+                "begin anew."
             ) from error
 
+    def _share(self, latest: Unfinished) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], list[int]]:
+        """From rank 0: what is common to all, and what is this process's own: tensors, parts and counts of the pool."""
+        common: dict[str, Tensor] = {}
+        if latest.loaded is not None:
+            common = {
+                name: tensor
+                for name, tensor in latest.loaded.tensors.items()
+                if not name.startswith("rank") and not self.run.is_own(name)
+            }
+        common = tensors_of_leader(self.group, common)
+        mine = dealt(self.group, _shares(latest, self.group.world_size) if latest.loaded is not None else ())
+        tensors, parts = dict(common), dict[str, dict[str, Tensor]]()
+        for name, tensor in mine.items():
+            kind, _, rest = name.partition("/")
+            if kind == "part":
+                part, _, key = rest.partition("/")
+                parts.setdefault(part, {})[key] = tensor
+            elif kind == "own":
+                tensors[rest] = tensor
+        return tensors, parts, mine["pool"].tolist()
+
     def at_border(self) -> None:
-        """Save if it is time, or if the run is asked to stop; then stop it.
+        """Save if it is time, or if the run is asked to stop; then stop it. All processes come here at one border.
 
         Raises:
             Stopped: it was asked to.
+            SystemExit: in ranks above 0 instead.
             FastDFKDError: the run has broken, or the checkpoint cannot be written.
         """
-        if stopping.asked():
+        if self.run.asked_to_stop:
             self.save(wait=True)
-            stopping.raise_if_asked(f"{self.kept()}: the same command with --resume auto goes on")
-        elif self.every and time.perf_counter() >= self._due:
+            self._stop()
+        elif self.every and self.run.clock.now() >= self._due:
             self.save()
+
+    def end(self) -> None:
+        """Save the run that has ended: a finished student is not lost to what comes after it."""
+        self.save()
+        (request,) = largest(self.group, stopping.request())
+        if self.group.several and request:
+            stopping.ask(int(request))
+            self._stop()
+
+    def _stop(self) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+        wait_for_all(self.group)  # nobody leaves before it is written
+        if not self.group.leads:
+            raise SystemExit(128 + stopping.request())  # rank 0 says it
+        stopping.raise_if_asked(f"{self.kept()}: the same command with --resume auto goes on")
 
     def save(self, *, wait: bool = False) -> None:
         """Save the run as it stands, unless it is broken."""
         self.run.check()
         tensors, values = self.run.state()
+        parts: Mapping[str, Mapping[str, Tensor] | None]
         parts = self.run.pool.parts(self._parts, images=self.run.synthesizer is not None)
-        metrics = bytearray(self.log.content())
-        tensors["metrics"] = torch.frombuffer(metrics, dtype=torch.uint8) if metrics else torch.empty(0).byte()
-        chosen = {"pool_size": self.run.config.pool_size, **self.run.chosen}
-        values = {"run": values, "parts": [*parts], "chosen": chosen, "elapsed": self.log.elapsed}
-        self.checkpoints.save(tensors, values, parts, wait=wait)
         self._parts = set(parts)
-        self._due = time.perf_counter() + max(self.every, self.checkpoints.last_cost / SHARE)
+        if self.group.several:
+            tensors, parts = self._gathered(tensors, parts)
+        cost = 0.0
+        if self.checkpoints is not None:
+            metrics = bytearray(self.log.content())
+            tensors["metrics"] = torch.frombuffer(metrics, dtype=torch.uint8) if metrics else torch.empty(0).byte()
+            chosen = {"pool_size": self.run.config.pool_size, **self.run.chosen}
+            values = {"run": values, "parts": [*parts], "chosen": chosen, "elapsed": self.log.elapsed}
+            if self.group.several:
+                values["processes"] = self.group.world_size
+            self.checkpoints.save(tensors, values, parts, wait=wait)
+            cost = self.checkpoints.last_cost
+        (cost,) = of_leader(self.group, cost)
+        self._due = self.run.clock.now() + max(self.every, cost / SHARE)
+
+    def _gathered(
+        self, tensors: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Tensor] | None]
+    ) -> tuple[dict[str, Tensor], dict[str, Mapping[str, Tensor] | None]]:
+        """In rank 0, what :meth:`save` writes: each process's own tensors and parts by its rank."""
+        pool = self.run.pool
+        mine = {f"own/{name}": tensor for name, tensor in tensors.items() if self.run.is_own(name)}
+        mine["pool"] = torch.tensor([pool.added, pool.unlabelled, len(pool)])
+        for part, content in parts.items():
+            if content is None:
+                mine[f"kept/{part}"] = torch.empty(0)
+            else:
+                mine |= {f"part/{part}/{key}": tensor for key, tensor in content.items()}
+        found = {name: tensor for name, tensor in tensors.items() if not self.run.is_own(name)}
+        segments: dict[str, Mapping[str, Tensor] | None] = {}
+        for rank, share in enumerate(gathered(self.group, mine)):
+            of_part: dict[str, dict[str, Tensor]] = {}
+            for name, tensor in share.items():
+                kind, _, rest = name.partition("/")
+                if kind == "part":
+                    part, _, key = rest.partition("/")
+                    of_part.setdefault(f"rank{rank}-{part}", {})[key] = tensor
+                elif kind == "kept":
+                    segments[f"rank{rank}-{rest}"] = None
+                else:
+                    found[f"rank{rank}.{rest or kind}"] = tensor
+            segments |= of_part
+        return found, segments
 
     def kept(self) -> str:
         """What there is to go on from, for a message."""
+        assert self.checkpoints is not None
         made, taken = self.run.images_made, self.run.steps_taken
         return f"{made:,} images and {taken:,} KD steps are kept in {self.checkpoints.folder}"
+
+
+def _shares(latest: Unfinished, processes: int) -> Iterator[dict[str, Tensor]]:
+    """What each process is sent of a checkpoint: its own of as many, or a part of the pool of others."""
+    assert latest.loaded is not None
+    if latest.processes == processes:
+        for rank in range(processes):
+            share = {f"own/{name}": tensor for name, tensor in _of_rank(latest.loaded.tensors, rank)}
+            share["pool"] = share.pop("own/pool")[:2]
+            yield share | _flat(_stored(latest, rank).parts)
+        return
+    for pool in redealt([_stored(latest, rank) for rank in range(latest.processes)], processes):
+        yield {"pool": torch.tensor([pool.added, pool.unlabelled])} | _flat(pool.parts)
+
+
+def _of_rank(tensors: Mapping[str, Tensor], rank: int) -> Iterable[tuple[str, Tensor]]:
+    prefix = f"rank{rank}."
+    return [(name.removeprefix(prefix), tensor) for name, tensor in tensors.items() if name.startswith(prefix)]
+
+
+def _stored(latest: Unfinished, rank: int) -> StoredPool:
+    """The pool of one of the processes that saved the checkpoint."""
+    assert latest.loaded is not None
+    prefix = f"rank{rank}-" if latest.processes > 1 else ""
+    names = [name for name in latest.values["parts"] if name.startswith(prefix)]
+    parts = {name.removeprefix(prefix): latest.loaded.segment(name) for name in names}
+    if latest.processes == 1:
+        counts = latest.values["run"]["pool"]
+        return StoredPool(parts, counts["added"], counts["unlabelled"], counts["held"])
+    added, unlabelled, held = latest.loaded.tensors[f"rank{rank}.pool"].tolist()
+    return StoredPool(parts, added, unlabelled, held)
+
+
+def _flat(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"part/{part}/{key}": tensor for part, content in parts.items() for key, tensor in content.items()}
 
 
 def checkpoint_folder(output: str | Path) -> Path:
@@ -116,4 +293,4 @@ def checkpoint_folder(output: str | Path) -> Path:
     return output.with_name(f"{output.resolve().name}.checkpoints")
 
 
-__all__ = ["Keeper", "checkpoint_folder", "identity"]
+__all__ = ["Keeper", "Unfinished", "checkpoint_folder", "identity"]

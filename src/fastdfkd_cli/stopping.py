@@ -44,6 +44,18 @@ def patiently() -> Iterator[None]:
             _REQUEST.signum = None
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Have the first signal do nothing while this lasts: the program is ending, and about to say why."""
+    _REQUEST.patient += 1
+    try:
+        yield
+    finally:
+        _REQUEST.patient -= 1
+        if not _REQUEST.patient:
+            _REQUEST.signum = None
+
+
 def ask(signum: int) -> bool:
     """A signal's handler asks for an end. Whether somebody will see to it; otherwise the handler has to."""
     if not _REQUEST.patient or _REQUEST.signum is not None:
@@ -55,6 +67,11 @@ def ask(signum: int) -> bool:
 def asked() -> bool:
     """Whether a signal waits."""
     return _REQUEST.signum is not None
+
+
+def request() -> int:
+    """The signal that waits; 0: none."""
+    return _REQUEST.signum or 0
 
 
 def raise_if_asked(*notes: str) -> None:
@@ -72,4 +89,4 @@ def name_of(signum: int) -> str:
     return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
 
 
-__all__ = ["Stopped", "ask", "asked", "name_of", "patiently", "raise_if_asked"]
+__all__ = ["Stopped", "ask", "asked", "held", "name_of", "patiently", "raise_if_asked", "request"]

@@ -15,6 +15,7 @@ from fastdfkd_cli.acceleration import EAGER, Acceleration
 from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.methods.base import SyntheticBatch
 from fastdfkd_cli.methods.fast_meta import FastMeta
+from fastdfkd_cli.processes import ALONE, Group
 
 
 class Synthesizer(Protocol):
@@ -45,8 +46,15 @@ class Synthesizer(Protocol):
         """All tensors that the next batch depends on, random states included."""
         ...
 
+    def is_own(self, name: str) -> bool:
+        """Whether an entry of :meth:`state_dict` is this process's alone; the others are alike in all of several."""
+        ...
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state_dict` gave."""
+        """Take up what :meth:`state_dict` gave.
+
+        Where another number of processes gave it, what :meth:`is_own` is missing, and is drawn anew.
+        """
         ...
 
     def close(self) -> None:
@@ -67,6 +75,7 @@ def build_method(
     amp: bool,
     seed: int | None = None,
     acceleration: Acceleration = EAGER,
+    group: Group = ALONE,
 ) -> Synthesizer:
     """Build the method that ``config.method`` names.
 
@@ -79,9 +88,10 @@ def build_method(
         amp: bf16 autocast in the networks (losses and statistics stay in float32).
         seed: instead of ``config.seed``.
         acceleration: graphs, compilation and micro-batches; none unless it is given.
+        group: the processes that make each batch together.
     """
     keywords: dict[str, Any] = {"image_size": image_size, "num_classes": num_classes, "device": device, "amp": amp}
-    keywords["acceleration"] = acceleration
+    keywords |= {"acceleration": acceleration, "group": group}
     return METHODS[config.method](config, teacher, seed=config.seed if seed is None else seed, **keywords)
 
 

@@ -69,6 +69,7 @@ class FastMeta:
         self.amp = amp
         self.acceleration = acceleration
         self.group = group
+        self.seed = seed
         # Draws are made on the CPU, so that one seed means one set of latents and labels on every device.
         self.rng = torch.Generator().manual_seed(group.seed(seed))
         # What generators start from is drawn alike in all processes.
@@ -488,15 +489,34 @@ class FastMeta:
         state["rate"] = torch.tensor(self.rate, dtype=torch.float64)
         return {name: tensor.detach().clone() for name, tensor in state.items()}
 
+    def is_own(self, name: str) -> bool:
+        """Each of several processes has its own draws, z^, and what the meta optimiser knows of that."""
+        of_latent = f"meta_optimizer.{len(list(self.shared.parameters()))}."
+        return name in ("rng", "shared_latent") or name.startswith(of_latent)
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state_dict` gave under the same config."""
+        """Take up what :meth:`state_dict` gave under the same config.
+
+        Without a process's own entries: from another number of processes. Then they follow from the seed and from how
+        many batches were made.
+        """
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
+        self.batches = int(state["batches"])
+        if "rng" in state:
+            self.rng.set_state(state["rng"].cpu())
+        else:
+            self.rng.manual_seed(self.group.seed(self.seed + self.batches))
+        if self.group.several and "common_rng" in state:
+            self.common_rng.set_state(state["common_rng"].cpu())
+        elif self.group.several:
+            self.common_rng.manual_seed(self.seed + self.batches)
         self.shared.load_state_dict(part("shared."))
         if self.shared_latent is not None:
-            self.shared_latent.copy_(state["shared_latent"])
+            with torch.no_grad():
+                self.shared_latent.copy_(state["shared_latent"] if "shared_latent" in state else self._new_latent())
         self.rate = float(state["rate"])
         self.inner_optimizer, self.meta_optimizer = self._new_inner_optimizer(), self._new_meta_optimizer()
         if self.meta_optimizer is not None:
@@ -512,10 +532,6 @@ class FastMeta:
         self._run = self._new_run()  # a recording would go on with the earlier optimiser
         if self.statistics is not None:
             self.statistics.load_state_dict({k: v.to(self.device) for k, v in part("statistics.").items()})
-        self.rng.set_state(state["rng"].cpu())
-        if self.group.several:
-            self.common_rng.set_state(state["common_rng"].cpu())
-        self.batches = int(state["batches"])
 
     def close(self) -> None:
         """Take the hooks off the teacher."""
