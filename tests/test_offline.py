@@ -1,4 +1,7 @@
-"""Under HF_HUB_OFFLINE=1 no command reaches for the network: not for a name, not for an address."""
+"""Under HF_HUB_OFFLINE=1 no command reaches for the network: not for a name, not for an address.
+
+And whatever a command writes stands where it was told to write.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-#: Runs command lines with an audit hook, which sees every look-up and connection that Python makes.
+#: Runs command lines with an audit hook, which sees every look-up, connection and file that Python makes.
 DRIVER = """
-import json, sys
-reached = []
+import json, os, sys
+reached, written = [], []
 def hook(event, arguments):
+    if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        written.append(arguments[0])
+    elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.symlink", "os.link"):
+        written.append(arguments[1 if event in ("os.symlink", "os.link") else 0])
     if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
         reached.append(f"{event} {arguments!r}")
     elif event == "socket.connect" and isinstance(arguments[1], tuple):  # others are files of this machine
@@ -21,7 +28,8 @@ def hook(event, arguments):
 sys.addaudithook(hook)
 from fastdfkd_cli.__main__ import main
 codes = [main(words) for words in json.loads(sys.argv[1])]
-print(json.dumps({"codes": codes, "reached": reached}))
+written = sorted({os.path.realpath(os.fsdecode(path)) for path in written if not isinstance(path, int)})
+print(json.dumps({"codes": codes, "reached": reached, "written": written}))
 """
 ON_DIGITS = ("--dataset", "builtin/digits", "--device", "cpu")
 TINY = (
@@ -36,6 +44,7 @@ def drive(home: Path, *lines: tuple[str, ...], **environment: str) -> tuple[dict
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
     # An address that answers at once, that there is nobody; whoever asks for another one is seen all the same.
     moved = {"HF_HOME": str(home), "TORCH_HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    moved |= {"TMPDIR": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(lines)],
         env=kept | moved | environment,
@@ -67,6 +76,10 @@ def test_offline_means_offline(tmp_path: Path) -> None:
     assert found["reached"] == [], said
     assert found["codes"] == [3] * len(refused) + [0] * len(whole), said
     assert said.count("HF_HUB_OFFLINE is set") == len(refused)
+    inside = str(tmp_path.resolve())
+    assert f"{inside}/out.checkpoints" in found["written"]
+    outside = [path for path in found["written"] if not f"{path}/".startswith(f"{inside}/") and path != os.devnull]
+    assert not outside
 
 
 def test_without_it_the_hub_is_asked(tmp_path: Path) -> None:
