@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, nn
 
 import fastdfkd_cli.nets_cifar  # noqa: F401 (registers them)
-from fastdfkd_cli import distributed, losses
+from fastdfkd_cli import distributed
 from fastdfkd_cli.config import RunConfig
+from fastdfkd_cli.distillation import Student
 from fastdfkd_cli.methods.fast_meta import FastMeta
 from fastdfkd_cli.processes import ALONE, Group
 from fastdfkd_cli.recipes import get_recipe
@@ -113,13 +114,10 @@ def synthesizer(setting: Setting, teacher: nn.Module, group: Group, *, batch: in
     )
 
 
-def kd_step(teacher: nn.Module, student: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer, g: Group) -> None:
-    with torch.no_grad():
-        logits = teacher(images)
-    optimizer.zero_grad(set_to_none=True)
-    losses.distillation(logits, student(images), 20.0).backward()
-    distributed.mean_(g, [p.grad for p in student.parameters() if p.grad is not None])
-    optimizer.step()
+def learner(setting: Setting, net: nn.Module, group: Group) -> Student:
+    """The student as a run trains it: its BatchNorm layers normalise over all processes."""
+    sync_batch_norm(net, group)
+    return Student(net, setting.config().distillation, CPU, False, group=group)
 
 
 # -- counted ----------------------------------------------------------------------------------------------------
@@ -150,10 +148,9 @@ def messages(setting: Setting) -> dict[str, list[int]]:
     with noted(2) as of_synthesis:
         method.synthesize(student)
     method.close()
-    sync_batch_norm(student, group)
     images = torch.rand(2, 3, setting.size, setting.size)
     with noted(2) as of_kd:
-        kd_step(teacher, student, images, torch.optim.SGD(student.parameters(), lr=0.1), group)
+        learner(setting, student, group).learn(teacher, images, 0)
     return {"inner step": of_synthesis, "KD step": of_kd}
 
 
@@ -164,8 +161,8 @@ def operations(setting: Setting) -> dict[str, int]:
     of_synthesis = flops(lambda: method.synthesize(student)) // 2
     method.close()
     images = torch.rand(2, 3, setting.size, setting.size)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    of_kd = flops(lambda: kd_step(teacher, student, images, optimizer, ALONE)) // 2
+    trained = learner(setting, student, ALONE)
+    of_kd = flops(lambda: trained.learn(teacher, images, 0)) // 2
     return {"inner step": of_synthesis, "KD step": of_kd}
 
 
@@ -245,10 +242,9 @@ def _measured(group: Group, batch: int, repeats: int) -> dict[str, float]:
         method = synthesizer(setting, teacher, group, batch=batch, steps=steps)
         timed("inner step", lambda: method.synthesize(student), repeats, steps)
         method.close()
-        sync_batch_norm(student, group)
-        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        trained = learner(setting, student, group)
         images = torch.rand(batch, 3, setting.size, setting.size).to(memory_format=torch.channels_last)
-        timed("KD step", lambda: kd_step(teacher, student, images, optimizer, group), repeats)
+        timed("KD step", lambda: trained.learn(teacher, images, 0), repeats)
         if group.several:
             small = torch.zeros(256)
             timed("small message", lambda: distributed.sum_(group, [small]), 100)

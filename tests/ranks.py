@@ -418,14 +418,279 @@ def check_training(group: Any) -> dict[str, Any]:
     }
 
 
+def _as_one(mine: Any, alone: Any, gathered: Callable[..., Tensor]) -> None:
+    """Have ``alone``, a run of one process, draw what all processes have drawn in theirs, which comes first."""
+    batches: list[dict[str, Any]] = []
+    steps: list[tuple[Tensor, Tensor | None]] = []
+    method, single = mine.synthesizer, alone.synthesizer
+    draw, new_latent, sample = method._draw, method._new_latent, mine.pool.sample
+    latents: list[Tensor] = []
+
+    def note_latent() -> Tensor:
+        latents.append(new_latent())
+        return latents[-1]
+
+    def note_draw() -> None:
+        latents.clear()
+        draw()
+        drawn = {"labels": gathered(method.labels), "draws": [gathered(each, 1) for each in method.draws]}
+        batches.append(drawn | {"z": gathered(latents[0])})
+
+    def repeat_draw() -> None:
+        drawn = batches.pop(0)
+        single.labels.copy_(drawn["labels"])
+        for target, each in zip(single.draws, drawn["draws"], strict=True):
+            target.copy_(each)
+        with torch.no_grad():
+            single.z.copy_(drawn["z"])
+
+    def note_sample(*given: Any, **more: Any) -> tuple[Tensor, Tensor | None]:
+        images, logits = sample(*given, **more)
+        steps.append((gathered(images), None if logits is None else gathered(logits)))
+        return images, logits
+
+    method._new_latent, method._draw, mine.pool.sample = note_latent, note_draw, note_sample
+    single._draw, alone.pool.sample = repeat_draw, lambda *_, **__: steps.pop(0)
+
+
+def check_run(group: Any) -> dict[str, Any]:
+    """Whole runs, against one process that is handed the draws of all."""
+    import torch.distributed as dist
+
+    from fastdfkd_cli import distributed
+    from fastdfkd_cli.distillation import Distillation
+    from fastdfkd_cli.job import divided
+    from fastdfkd_cli.methods import build_method
+    from fastdfkd_cli.processes import ALONE
+    from fastdfkd_cli.synced_norm import synced_batch_norm
+    from tiny import CLASSES, SIZE, config, net, teacher
+
+    def gathered(tensor: Tensor, dim: int = 0) -> Tensor:
+        found = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.world_size)]
+        dist.all_gather(found, tensor.contiguous())
+        return torch.cat(found, dim)
+
+    def run(settings: Any, student: nn.Module, of: Any) -> Distillation:
+        shape: dict[str, Any] = {"image_size": SIZE, "device": CPU, "amp": False, "group": of}
+        method = build_method(settings, teacher(), num_classes=CLASSES, **shape)
+        return Distillation(settings, teacher(), student, synthesizer=method, **shape)
+
+    count, results = group.world_size, {}
+    for name, changes in {
+        "plain": {},
+        "labelled": {"distillation__augmentation": "none", "distillation__average": "ema"},
+    }.items():
+        each = 8 // count
+        whole = config(
+            synthesis__batch_size=each, distillation__batch_size=each, schedule__rounds=4 * count,
+            schedule__warmup_rounds=count, **changes,
+        )  # fmt: skip
+        batch = config(synthesis__batch_size=8, distillation__batch_size=8, **changes)
+        student, expected = net(1), net(1)
+        with synced_batch_norm(student, group):
+            mine, alone = run(divided(whole, count), student, group), run(batch, expected, ALONE)
+            _as_one(mine, alone, gathered)
+            records = list(mine)
+            list(alone)
+        made = alone.pool.images.unflatten(0, (-1, count, each))[:, group.rank].flatten(0, 1)
+        results[name] = {
+            "difference": worst([*student.state_dict().values()], [*expected.state_dict().values()]),
+            "moved": worst([*net(1).state_dict().values()], [*expected.state_dict().values()]),
+            "pixels": int((mine.pool.images.int() - made.int()).abs().max()),
+            "same": distributed.fingerprint(student.state_dict().values()),
+            "images": [len(mine.pool), mine.images_made, whole.synthetic_images],
+            "steps": [mine.steps_taken, alone.steps_taken],
+            "last": [records[-1].progress, records[-1].values["loss"], float(alone._step_figures["loss"])],
+        }
+        mine.synthesizer.close(), alone.synthesizer.close()
+    return results
+
+
+def check_together(group: Any) -> dict[str, Any]:
+    """What clocks and figures decide is decided alike: a time budget, and a return after a loss that is none."""
+    from fastdfkd_cli import distributed
+    from fastdfkd_cli.distillation import Distillation
+    from fastdfkd_cli.methods import build_method
+    from fastdfkd_cli.synced_norm import synced_batch_norm
+    from tiny import CLASSES, SIZE, config, net, teacher
+
+    results = {}
+    for name, changes in {"timed": {"schedule__time_budget": 1.0}, "broken": {}}.items():
+        settings, student = config(**changes), net(1, dropout=0.2)
+        shape: dict[str, Any] = {"image_size": SIZE, "device": CPU, "amp": False, "group": group}
+        torch.manual_seed(group.seed(0))
+        with synced_batch_norm(student, group):
+            method = build_method(settings, teacher(), num_classes=CLASSES, **shape)
+            run = Distillation(settings, teacher(), student, synthesizer=method, **shape)
+            sample, seen = run.pool.sample, []
+
+            def poisoned(*given: Any, sample: Any = sample, seen: list[int] = seen, **more: Any) -> Any:
+                images, logits = sample(*given, **more)
+                seen.append(1)
+                if len(seen) == 5 and group.rank == group.world_size - 1:
+                    images = images.float() * float("nan")
+                return images, logits
+
+            if name == "broken":
+                run.pool.sample = poisoned  # type: ignore[method-assign]
+            time.sleep(0.1 * group.rank)  # clocks of their own
+            list(run)
+        results[name] = {
+            "same": distributed.fingerprint([*student.state_dict().values()]),
+            "steps": run.steps_taken,
+            "rounds": [run.clock.rounds, run.clock.batches_per_round, run.clock.kd_steps_per_round],
+            "retries": len(run.retries),
+            "elapsed": run.clock.elapsed,
+        }
+        method.close()
+    return results
+
+
 @scenario
 def equal(group: Any, _: list[int]) -> dict[str, Any]:
     from fastdfkd_cli.distributed import joined
 
     results: dict[str, Any] = {}
-    for name in ("norms", "moments", "synthesis", "training", "reductions"):
+    for name in ("norms", "moments", "synthesis", "training", "run", "together", "reductions"):
         with joined(group, CPU, say=say):  # again and again: one process may carry out several runs
             results[name] = globals()[f"check_{name}"](group)
+    return results
+
+
+# -- stopped and gone on with ------------------------------------------------------------------------------------
+
+#: Of all scenarios of one call.
+FOLDER = Path(tempfile.gettempdir())
+RUNS: dict[str, dict[str, Any]] = {
+    "made": {"distillation__augmentation": "none", "distillation__average": "ema", "schedule__rounds": 8},
+    "latent": {"synthesis__latent": "meta", "schedule__rounds": 8, "pool_size": 24},
+    "given": {"distillation__augmentation": "crop-flip", "distillation__label_views": 2, "schedule__rounds": 8},
+}
+
+
+def _given_images() -> Path:
+    """Three classes of images, made by rank 0 of whoever comes first."""
+    from PIL import Image
+
+    folder = FOLDER / "images"
+    if not folder.exists():
+        staged = FOLDER / f"images-{os.getpid()}"
+        for index in range(24):
+            path = staged / f"c{index % 4}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = random(8, 8, 3, seed=index).clamp(0, 1).mul(255).to(torch.uint8)
+            Image.fromarray(pixels.numpy()).save(path)
+        try:
+            staged.rename(folder)
+        except OSError:  # another process was first
+            import shutil
+
+            shutil.rmtree(staged)
+    return folder
+
+
+def _distil(group: Any, name: str, output: Path, seed: int, **more: Any) -> Any:
+    from fastdfkd_cli import api
+    from fastdfkd_cli.models import ModelOptions
+    from tiny import CLASSES, SIZE, config, net, teacher
+
+    changes = {"schedule__kd_steps_per_round": 6, **RUNS[name]}
+    given = {"data_dir": _given_images()} if name == "given" else {}
+    return api.distill(
+        teacher(), net(seed, dropout=0.2), teacher_options=ModelOptions(input_size=SIZE, num_classes=CLASSES),
+        config=config(**changes), output=output, device="cpu", amp=False, group=group, fail=say, **given, **more,
+    )  # fmt: skip
+
+
+def _stopping_at(step: int, victim: bool) -> Any:
+    """Have a signal come to one process before its KD step of that number."""
+    from unittest import mock
+
+    from fastdfkd_cli import stopping
+    from fastdfkd_cli.distillation import Distillation
+
+    take = Distillation.kd_step
+
+    def kd_step(self: Distillation) -> None:
+        if self.steps_taken == step and victim:
+            stopping.ask(signal.SIGTERM)
+        take(self)
+
+    return mock.patch.object(Distillation, "kd_step", kd_step)
+
+
+@scenario
+def left(group: Any, _: list[int]) -> dict[str, Any]:
+    """Runs that are stopped, go on, and end as if they had not been; and copies of what they left."""
+    import shutil
+    from unittest import mock
+
+    from fastdfkd_cli import distributed
+    from fastdfkd_cli.resume import checkpoint_folder
+
+    results = {}
+    for name in RUNS:
+        here = FOLDER / f"{name} {group.world_size}"
+        whole = _distil(group, name, here / "whole", 1)
+        ended, notes = "", []
+        said: list[str] = []
+        try:
+            # Often enough that one stands before the last.
+            with _stopping_at(5, group.rank == group.world_size - 1), mock.patch("fastdfkd_cli.resume.SHARE", 1e9):
+                _distil(group, name, here / "parts", 1, checkpoint_every=0.01)
+        except KeyboardInterrupt as stop:
+            ended, notes = type(stop).__name__, stop.__notes__
+        except SystemExit as stop:
+            ended = f"SystemExit: {stop.code}"
+        folder = checkpoint_folder(here / "parts")
+        if group.leads:
+            for other in (1, 2, 3):
+                shutil.copytree(folder, checkpoint_folder(here / f"to {other}"))
+        parts = _distil(group, name, here / "parts", 2, resume="auto", on_message=said.append)
+        results[name] = {
+            "students": [distributed.fingerprint(each.student.state_dict().values()) for each in (whole, parts)],
+            "ended": ended,
+            "notes": notes,
+            "folder": str(folder),
+            "at": next(line.removeprefix("going on after ") for line in said if "going on" in line),
+            "left_behind": group.leads and folder.exists(),
+        }
+    return results
+
+
+@scenario
+def taken(group: Any, _: list[int]) -> dict[str, Any]:
+    """Another number of processes goes on."""
+    from unittest import mock
+
+    from fastdfkd_cli import distributed
+    from fastdfkd_cli.distillation import Distillation
+
+    results = {}
+    for name in RUNS:
+        for source in (1, 2):
+            if source == group.world_size:
+                continue
+            here = FOLDER / f"{name} {source}"
+            runs: list[Any] = []
+            found: list[int] = []
+            take_up = Distillation.take_up
+
+            def noted(self: Any, *given: Any) -> None:
+                take_up(self, *given)  # noqa: B023
+                runs.append(self)  # noqa: B023
+                total = torch.tensor(len(self.pool))
+                distributed.sum_(group, [total])
+                found.extend([int(total), self.images_made])  # noqa: B023
+
+            with mock.patch.object(Distillation, "take_up", noted):
+                result = _distil(group, name, here / f"to {group.world_size}", 2, resume="auto")
+            results[f"{name} {source}"] = {
+                "student": distributed.fingerprint(result.student.state_dict().values()),
+                "report": result.report,
+                "pool": len(runs[0].pool),
+                "found": found,
+            }
     return results
 
 
@@ -518,5 +783,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     import fastdfkd_cli.methods.fast_meta  # noqa: F401 (for all children at once)
 
+    FOLDER = Path(tempfile.mkdtemp())
     todo = zip(sys.argv[1::2], map(int, sys.argv[2::2]), strict=True)
     json.dump({f"{name} {size}": launch(name, size) for name, size in todo}, sys.stdout)

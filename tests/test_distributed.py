@@ -18,12 +18,17 @@ import ranks
 from fastdfkd_cli import distributed
 from fastdfkd_cli.acceleration import Acceleration
 from fastdfkd_cli.errors import FastDFKDError, UsageError
+from fastdfkd_cli.job import divided
+from fastdfkd_cli.pool import StoredPool, redealt
 from fastdfkd_cli.processes import ALONE, Group, from_environment
+from fastdfkd_cli.recipes import RECIPES, get_recipe
 from fastdfkd_cli.synced_norm import sync_batch_norm, synced_batch_norm
-from tiny import TinyNet, assert_same_state, net, state_of
+from tiny import TinyNet, assert_same_state, config, net, state_of
 
 SIZES = (2, 4)
 ENDINGS = ("killed", "leader_killed", "hanging", "failing", "all_failing", "interrupted")
+#: Runs that are left by so many processes, and those that go on with what the others left.
+RESUMED = (("left", 2), ("left", 1), ("taken", 1), ("taken", 3), ("taken", 2))
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +36,7 @@ def ran() -> dict[str, Any]:
     """Everything that takes several processes, in one go: what each returned, wrote and exited with."""
     words = [word for size in SIZES for word in ("equal", str(size))]
     words += [word for name in ENDINGS for word in (name, "3")]
+    words += [word for name, size in RESUMED for word in (name, str(size))]
     script = Path(__file__).with_name("ranks.py")
     done = subprocess.run(
         [sys.executable, str(script), *words],
@@ -87,6 +93,34 @@ def test_processes_share_a_generator_and_make_images_of_their_own(equal: list[di
 def test_training_is_that_of_one_process_with_the_whole_batch(equal: list[dict[str, Any]]) -> None:
     assert len({result["training"]["same"] for result in equal}) == 1
     assert max(result["training"]["difference"] for result in equal) < 1e-6  # the loss is formed in float32
+
+
+def test_a_run_is_that_of_one_process_with_the_whole_batch(equal: list[dict[str, Any]]) -> None:
+    size = len(equal)
+    for name in ("plain", "labelled"):
+        assert len({result["run"][name]["same"] for result in equal}) == 1, name  # bit for bit
+        for result in equal:
+            found = result["run"][name]
+            assert found["difference"] < 5e-3 * found["moved"], name
+            assert found["pixels"] <= 1, name
+            in_pool, made, wanted = found["images"]
+            assert made == wanted == 32
+            assert in_pool == wanted / size  # each makes its part
+            assert found["steps"] == [9, 9]
+            progress, loss, expected = found["last"]
+            assert progress == 1
+            assert loss == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_clocks_and_figures_decide_is_decided_alike(equal: list[dict[str, Any]]) -> None:
+    timed = [result["together"]["timed"] for result in equal]
+    assert all(each == timed[0] for each in timed)  # students, steps, fitted rounds, and the time that has passed
+    assert timed[0]["steps"] > 0
+    assert timed[0]["elapsed"] >= 1.0
+    broken = [result["together"]["broken"] for result in equal]
+    assert len({each["same"] for each in broken}) == 1
+    assert {each["retries"] for each in broken} == {1}
+    assert {each["steps"] for each in broken} == {9}
 
 
 # Messages
@@ -146,7 +180,8 @@ def test_what_is_sent_is_what_the_documentation_counts() -> None:
     weights = sum(parameter.numel() for parameter in student.parameters())
     sent = scaling.messages(setting)
     statistics, derivatives = [16 * width for width in widths], [8 * width for width in reversed(widths)]
-    assert sorted(sent["KD step"]) == sorted([*statistics, *derivatives, 4 * weights])
+    # The gradients travel with the loss and the agreement.
+    assert sorted(sent["KD step"]) == sorted([*statistics, *derivatives, 4 * (weights + 2)])
     assert len(sent["KD step"]) == 27
     assert (len(sent["inner step"]), sum(sent["inner step"])) == (8, 9_366_556)
 
@@ -200,6 +235,86 @@ def test_an_agreed_stop_is_said_once(ran: dict[str, Any]) -> None:
     found = ran["interrupted 3"]
     assert found["codes"] == [130] * 3
     assert lines(found) == ["interrupted"]
+
+
+# Stopped and gone on with
+
+
+def test_a_stopped_run_goes_on_to_the_same_student(ran: dict[str, Any]) -> None:
+    for size in (2, 1):
+        found = ran[f"left {size}"]
+        assert found["codes"] == [0] * size, "\n".join(found["stderr"])
+        for name in ("made", "latent", "given"):
+            results = [result[name] for result in found["results"]]
+            students = {student for result in results for student in result["students"]}
+            assert len(students) == 1, name  # whole and stopped, in all processes, bit for bit
+            assert [result["ended"] for result in results] == ["Stopped", "SystemExit: 143"][:size]
+            assert results[0]["notes"] == [
+                f"{results[0]['at']} are kept in {results[0]['folder']}: the same command with --resume auto goes on"
+            ]
+            assert not results[0]["left_behind"]
+
+
+def test_another_number_of_processes_goes_on(ran: dict[str, Any]) -> None:
+    for size, sources in ((1, (2,)), (3, (2,)), (2, (1,))):
+        found = ran[f"taken {size}"]
+        assert found["codes"] == [0] * size, "\n".join(found["stderr"])
+        for source in sources:
+            for name in ("made", "latent", "given"):
+                results = [result[f"{name} {source}"] for result in found["results"]]
+                assert len({result["student"] for result in results}) == 1
+                report = results[0]["report"]
+                assert report["processes"] == size
+                assert report["global_batch"] == {"synthesis": 4 * size, "distillation": 4 * size}
+                # The images of before are dealt, each once, and evenly; and those that were to come are made.
+                taken_up, before = results[0]["found"]
+                assert taken_up == (24 if name == "given" else before)
+                pools = [result["pool"] for result in results]
+                assert sum(pools) == report["pool"] >= 24
+                assert max(pools) - min(pools) <= 1
+                assert report["images"] >= report["pool"]
+                assert report["kd_steps"] > 0
+
+
+def test_a_pool_is_dealt_anew_with_its_labels() -> None:
+    """Ages keep their order, each image its soft labels, and what has none comes last."""
+    pools = []
+    for rank, (added, held, unlabelled) in enumerate(((10, 6, 2), (9, 5, 2), (9, 5, 2))):
+        rows = torch.arange(added) * 10 + rank
+        soft = rows[: added - unlabelled].float()
+        parts = {
+            "images-0-5": {"images": rows[:5], "labels": rows[:5]},
+            f"images-5-{added}": {"images": rows[5:], "labels": rows[5:]},
+            f"soft-2-{added - unlabelled}": {"draws": soft[2:], "logits": soft[2:]},
+        }
+        pools.append(StoredPool(parts, added, unlabelled, held))
+    for processes in (1, 2, 4):
+        found = redealt(pools, processes)
+        rows = [pool.rows("images")["images"].tolist() for pool in found]
+        kept = [*range(40, 100, 10), *range(41, 91, 10), *range(42, 92, 10)]
+        assert sorted(row for each in rows for row in each) == sorted(kept)
+        for pool, each in zip(found, rows, strict=True):
+            assert [row // 10 for row in each] == sorted(row // 10 for row in each)
+            assert pool.added == pool.held == len(each)
+            assert pool.rows("images")["labels"].tolist() == each
+            assert pool.rows("soft")["logits"].tolist() == each[: pool.held - pool.unlabelled]
+        assert sum(pool.held - pool.unlabelled for pool in found) == 10
+
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_rounds_are_divided_and_the_work_is_kept(processes: int) -> None:
+    for name in RECIPES:
+        whole = get_recipe(name).config((3, 32, 32))
+        each = divided(whole, processes)
+        assert each.synthesis.batch_size == whole.synthesis.batch_size
+        # To a batch of all, to a step of each round.
+        batch, steps = whole.synthesis.batch_size * processes, each.schedule.kd_rounds * processes
+        assert processes * each.synthetic_images == pytest.approx(whole.synthetic_images, rel=0.1, abs=batch), name
+        assert processes * each.kd_steps == pytest.approx(whole.kd_steps, rel=0.01, abs=steps / 2), name
+        assert divided(whole, 1) is whole
+    timed = config(schedule__time_budget=5.0, pool_size=16)
+    assert divided(timed, processes).schedule == timed.schedule
+    assert divided(timed, processes).pool_size == max(-(-16 // processes), 4)
 
 
 # The environment
@@ -360,7 +475,7 @@ def test_the_environment_is_read_without_torch() -> None:
 def test_memory_that_runs_out_in_one_process_of_several_is_not_tried_again() -> None:
     """The others are waiting further on, in the next message."""
     from fastdfkd_cli.methods.fast_meta import FastMeta
-    from tiny import CLASSES, SIZE, config, teacher
+    from tiny import CLASSES, SIZE, teacher
 
     method = FastMeta(
         config(), teacher(), image_size=SIZE, num_classes=CLASSES, device=torch.device("cpu"), amp=False, seed=0,
