@@ -41,6 +41,12 @@ def _positive(owner: object, section: str, *names: str) -> None:
         _require(value > 0, f"{section}.{name}", value, "greater than 0")
 
 
+def _at_most(owner: object, section: str, limit: int, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(value <= limit, f"{section}.{name}", value, f"{limit:,} or less")
+
+
 def _non_negative(owner: object, section: str, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
@@ -111,6 +117,7 @@ class SynthesisConfig:
         _non_negative(self, "synthesis", "feature_weight", "class_weight", "adversarial_weight")
         _non_negative(self, "synthesis", "latent_reset_every", "generator_reset_after")
         _require(self.batch_size >= 2, "synthesis.batch_size", self.batch_size, "2 or more (batch statistics)")
+        _at_most(self, "synthesis", 2**31, "batch_size", "steps")
         for name in ("beta1", "beta2", "feature_momentum"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"synthesis.{name}", value, "in [0, 1)")
@@ -143,6 +150,7 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         _positive(self, "generator", "latent_dim", "upsamplings")
         _require(self.width >= 2, "generator.width", self.width, "2 or more")
+        _at_most(self, "generator", 2**16, "latent_dim", "width")
         _require(self.upsamplings <= 6, "generator.upsamplings", self.upsamplings, "6 or less")
 
 
@@ -177,6 +185,7 @@ class DistillationConfig:
         _positive(self, "distillation", "batch_size", "temperature", "lr")
         _non_negative(self, "distillation", "lr_min", "weight_decay", "label_views")
         _require(self.batch_size >= 2, "distillation.batch_size", self.batch_size, "2 or more (batch statistics)")
+        _at_most(self, "distillation", 2**31, "batch_size", "label_views")
         _require(self.lr_min <= self.lr, "distillation.lr_min", self.lr_min, f"at most distillation.lr ({self.lr})")
         for name in ("momentum", "lr_warmup", "average_decay"):
             value = getattr(self, name)
@@ -210,7 +219,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "schedule", "rounds", "batches_per_round")
-        _require(self.rounds <= 2**31, "schedule.rounds", self.rounds, "2,147,483,648 or less")
+        _at_most(self, "schedule", 2**31, "rounds", "batches_per_round", "kd_steps_per_round")
         _positive(self, "schedule", "kd_steps_per_round")
         _non_negative(self, "schedule", "warmup_rounds", "final_rounds")
         _require(
