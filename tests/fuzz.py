@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from types import FrameType, SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 from unittest import mock
 
 if __name__ == "__main__":  # before torch and huggingface_hub read it
@@ -54,7 +54,7 @@ import tiny
 from fastdfkd_cli import api, cli, nets_cifar
 from fastdfkd_cli.__main__ import main as command
 from fastdfkd_cli.checkpoint import Checkpoints
-from fastdfkd_cli.config import field_names, from_dict, to_dict
+from fastdfkd_cli.config import RunConfig, field_names, from_dict, to_dict
 from fastdfkd_cli.data import open_evaluation_data
 from fastdfkd_cli.dataset import DatasetWriter, read_dataset
 from fastdfkd_cli.errors import FastDFKDError
@@ -328,7 +328,12 @@ def lay_files(folder: Path, files: dict[str, bytes]) -> None:
 
 # -- targets -------------------------------------------------------------------------------------------------------
 
-KEYS = tuple(field_names())
+#: Every setting, and its type.
+KEYS = {
+    name: get_type_hints(type(getattr(RunConfig(), section) if section else RunConfig()))[last]
+    for name in field_names()
+    for section, _, last in [name.rpartition(".")]
+}
 CONFIG = to_dict(from_dict({"recipe": "smoke"}))
 
 

@@ -10,12 +10,14 @@ import copy
 import io
 import json
 import struct
+import types
+import typing
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -468,25 +470,31 @@ def config_bytes(draw: Draw, document: Mapping[str, Any]) -> bytes:
     return draw(json_bytes(document))
 
 
-_PLAUSIBLE = st.one_of(
-    st.integers(1, 9),
-    st.sampled_from([0, 2**7, 10**5, 0.5, 1e-9, 1e9, 2**31, True, False, None]),
-    st.sampled_from(
-        ["meta", "none", "fomaml", "pixel", "generator", "map", "linear", "last", "jsd", "ema", "crop", "1h"]
-    ),
-)
+#: Numbers that a setting of that kind may well have, or that are too much for it.
+_WHOLE = (0, 1, 2, 3, 5, 8, 64, 1000, 10**5, 10**9, 2**31, 2**62, 10**30, -1)
+_REAL = (0.0, 1e-30, 1e-9, 0.01, 0.1, 0.5, 0.99, 1.0, 2.0, 20.0, 1e6, 1e30, 1e300, -1.0)
+
+
+def _meant(kind: Any) -> tuple[Any, ...]:
+    """Values of a field's type."""
+    if typing.get_origin(kind) is Literal:
+        return typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return tuple(value for option in typing.get_args(kind) for value in _meant(option))
+    return {int: _WHOLE, float: _REAL, bool: (True, False), str: NAMES}.get(kind, (None, "none"))
 
 
 @st.composite
-def assignment(draw: Draw, keys: Sequence[str]) -> str:
-    """What may stand after ``--set``; most of it could be meant."""
-    if draw(st.integers(0, 3)):
-        key, value = draw(st.sampled_from(keys)), draw(_PLAUSIBLE)
-    else:
-        key = draw(st.sampled_from([*keys, *(key.rpartition(".")[2] for key in keys), *NAMES]))
-        value = draw(values)
+def assignment(draw: Draw, kinds: Mapping[str, Any]) -> str:
+    """What may stand after ``--set``, given the type of each key; most of it could be meant."""
+    if draw(st.integers(0, 7)):
+        key = draw(st.sampled_from(list(kinds)))
+        value = draw(st.sampled_from(_meant(kinds[key])))
+        return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+    key = draw(st.sampled_from([*kinds, *(key.rpartition(".")[2] for key in kinds), *NAMES]))
+    value = draw(values)
     text = value if isinstance(value, str) else json.dumps(value) if draw(st.booleans()) else str(value)
-    return f"{key}{draw(st.sampled_from(('=', '=', '=', '=', '==', '', ' = ')))}{text}"
+    return f"{key}{draw(st.sampled_from(('=', '=', '==', '', ' = ')))}{text}"
 
 
 def typed(text: str) -> str:
