@@ -57,7 +57,7 @@ from fastdfkd_cli.checkpoint import Checkpoints
 from fastdfkd_cli.config import RunConfig, field_names, from_dict, to_dict
 from fastdfkd_cli.data import open_evaluation_data
 from fastdfkd_cli.dataset import DatasetWriter, read_dataset
-from fastdfkd_cli.errors import FastDFKDError
+from fastdfkd_cli.errors import FastDFKDError, is_out_of_memory
 from fastdfkd_cli.export import model_card
 from fastdfkd_cli.job import override
 from fastdfkd_cli.models import InputSpec, ModelOptions, check_forward, load_teacher
@@ -828,10 +828,18 @@ def unfinished_runs(draw: hostile.Draw) -> dict[str, bytes]:
     return files
 
 
+def act_run(case: Any) -> None:
+    try:
+        _distill(Path("out"), resume="auto")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise FastDFKDError("out of memory, as the command says it") from error
+
+
 RUNS = Target(
-    name="resumed runs", cases=st.deferred(unfinished_runs), lay=lay_files,
-    act=lambda case: _distill(Path("out"), resume="auto"), writes=True, quick=False,
-)  # fmt: skip
+    name="resumed runs", cases=st.deferred(unfinished_runs), lay=lay_files, act=act_run, writes=True, quick=False
+)
 
 
 @cache
