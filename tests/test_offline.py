@@ -41,7 +41,11 @@ TINY = (
 
 def drive(home: Path, *lines: tuple[str, ...], **environment: str) -> tuple[dict[str, Any], str]:
     """What the command lines ended with and reached for, and what they said on stderr."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("HF_", "HUGGING", "TORCH")) and "proxy" not in k.lower()
+    }
     # An address that answers at once, that there is nobody; whoever asks for another one is seen all the same.
     moved = {"HF_HOME": str(home), "TORCH_HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
     moved |= {"TMPDIR": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
