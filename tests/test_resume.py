@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastdfkd_cli import api, distillation, stopping
+from fastdfkd_cli import api, checkpoint, distillation, stopping
 from fastdfkd_cli.checkpoint import Checkpoints
 from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.distillation import Distillation, Student
@@ -223,6 +223,19 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [line["elapsed"] for line in metrics] == sorted(line["elapsed"] for line in metrics)
     assert result.report["kd_steps"] == 9
     assert result.report["images"] == 16
+
+
+def test_a_disk_that_is_full_from_the_start_keeps_nothing_and_claims_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", full)
+    with pytest.raises(FastDFKDError, match="No space left on device") as error:
+        api.distill(teacher(), net(1), **request(tmp_path / "s", checkpoint_every=1e-9))
+    assert "--resume" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_unfinished_is_not_begun_anew_by_accident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

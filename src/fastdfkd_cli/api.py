@@ -299,7 +299,7 @@ def _noting(kept: list[Path]) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, FastDFKDError) as end:
         for folder in kept:
-            if folder.exists():
+            if any(folder.glob("checkpoint-*.json")) and "--resume" not in str(end):  # there is a whole one
                 note = f"the last checkpoint is kept in {folder}: --resume auto goes on with it"
                 if isinstance(end, FastDFKDError):
                     end.args = FastDFKDError(f"{end} {note[0].upper()}{note[1:]}.").args
