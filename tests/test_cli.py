@@ -323,6 +323,18 @@ def test_a_threshold_that_is_met(api: FakeApi, tmp_path: Path) -> None:
         assert list(csv.DictReader(file)) == [{key: str(value) for key, value in ROW.items()}]
 
 
+@pytest.mark.parametrize("name", ["row.csv", "row.json"])
+def test_names_in_a_results_file_act_on_no_terminal(
+    api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    row = {**ROW, "model": "x \x1b[2J \x9b2J not UTF-8: \udcff"}
+    monkeypatch.setattr(sys.modules["fastdfkd_cli.api"], "evaluate", lambda *a, **k: row)
+    succeed("evaluate", "m", "--data-dir", "d", "--results-file", str(tmp_path / name))
+    text = (tmp_path / name).read_text(encoding="utf-8")
+    assert all(char == "\n" or char.isprintable() for char in text)
+    assert "not UTF-8: \\udcff" in text
+
+
 def test_a_results_file_that_cannot_be_written_whole_stays_as_it_was(
     api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

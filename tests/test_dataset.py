@@ -886,3 +886,79 @@ def test_a_link_in_a_set_is_not_written_through(tmp_path: Path, name: str) -> No
     with pytest.raises(UsageError, match=name):
         DatasetWriter(tmp_path / "set", **arguments(), overwrite=True)
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def begun(path: Path) -> None:
+    """A set of one shard, with images that wait and a state to go on from."""
+    with DatasetWriter(path, **arguments()) as writer:
+        writer.add(*batch(6))
+        writer.flush_shard(state=({"z": torch.zeros(2)}, {"k": 1}))
+        writer.wait()
+
+
+def restate(path: Path, suffix: str, content: bytes) -> None:
+    """Another state, with which the manifest agrees."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    name = next(name for name in manifest["state"] if name.endswith(suffix))
+    (path / name).write_bytes(content)
+    manifest["state"][name] = {"bytes": len(content), "sha256": sha256_file(path / name)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".json", b"{"),
+        (".json", b"[" * 100_000),
+        (".json", b"\xff"),
+        (".json", b"[1]"),
+        (".safetensors", b"no tensors"),
+        (".safetensors", safetensors.torch.save({"pending.images": torch.zeros(2, 3, 6, 5, dtype=torch.uint8)})),
+        (
+            ".safetensors",
+            safetensors.torch.save(
+                {
+                    "pending.images": torch.zeros(2, 3, 6, 5, dtype=torch.uint8),
+                    "pending.labels": torch.tensor([0, 3]),
+                    "pending.logits": torch.zeros(2, 3),
+                }
+            ),
+        ),
+    ],
+)
+def test_a_state_that_says_anything_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
+    begun(tmp_path / "set")
+    restate(tmp_path / "set", suffix, content)
+    with pytest.raises(UnavailableError, match=r"state.*(cannot be read|is damaged)"):
+        DatasetWriter.resume(tmp_path / "set", **arguments())
+
+
+@pytest.mark.parametrize("name", ["grids", "state"])
+def test_a_set_with_a_link_in_it_is_not_gone_on_with(tmp_path: Path, name: str) -> None:
+    begun(tmp_path / "set")
+    (tmp_path / "elsewhere").mkdir()
+    if (tmp_path / "set" / name).exists():
+        (tmp_path / "set" / name).rename(tmp_path / "elsewhere" / name)
+    (tmp_path / "set" / name).symlink_to(f"../elsewhere/{name}")
+    with pytest.raises(UsageError, match=f"files that its manifest does not know .*{name}"):
+        DatasetWriter.resume(tmp_path / "set", **arguments())
+
+
+def test_a_link_where_a_shard_is_written_is_replaced(tmp_path: Path) -> None:
+    make(tmp_path / "set", count=4)
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "set" / ".train-00000.tar.partial").symlink_to("../precious")
+    with DatasetWriter(tmp_path / "set", **arguments(), overwrite=True) as writer:
+        writer.add(*batch(4))
+        writer.close()
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert len(read_dataset(tmp_path / "set")) == 4
+
+
+def test_pictures_of_a_set_are_made_of_its_own_images_only(tmp_path: Path) -> None:
+    begun(tmp_path / "set")
+    forge(tmp_path / "set", [(f"{name}/{i}.png", png(mode="L")) for i, name in enumerate(class_folders(3, NAMES))])
+    writer = DatasetWriter.resume(tmp_path / "set", **arguments())
+    writer.add(*batch(2))
+    with pytest.raises(UnavailableError, match="is L 5x6, not what the manifest states"), writer:
+        writer.close()

@@ -24,8 +24,6 @@ EXAMPLES = {
     "settings": 60, "config files": 25, "command lines": 30, "safetensors": 40, "pickles": 50, "model folders": 30,
     "tars": 80, "images": 50, "synthetic sets": 50, "checkpoints": 40,
 }  # fmt: skip
-#: What a set is read for. Going on with one, and replacing one, is left to the command.
-READING = ("read", "judge", "shard")
 
 
 def test_no_target_is_forgotten() -> None:
@@ -35,13 +33,12 @@ def test_no_target_is_forgotten() -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_hostile_input_is_taken_or_refused_in_one_line(name: str, tmp_path: Path) -> None:
     target, sandbox = fuzz.TARGETS[name], Sandbox(tmp_path)
-    cases = target.cases if name != "synthetic sets" else target.cases.filter(lambda case: case[1] in READING)
 
     @settings(
         max_examples=EXAMPLES[name], derandomize=True, database=None, deadline=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(cases)
+    @given(target.cases)
     def holds(case: Any) -> None:
         outcome = sandbox.attempt(target, case)
         assert not outcome.broken, f"{outcome.kind}: {outcome.detail}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import signal
@@ -358,6 +359,33 @@ def test_a_checkpoint_that_somebody_else_wrote_is_refused_in_one_line(
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
     assert list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("run.position.round", [1]), ("run.position.kd_steps", -1), ("run.clock.kd_steps_per_round", 0),
+        ("run.clock.elapsed", "long"), ("run.rate", None), ("run.pool.added", 10**30), ("run.retries", 3),
+        ("run.costs.synthesis", [0.5]), ("chosen", None), ("chosen.pool_size", -1), ("parts", "images"),
+        ("elapsed", True), ("run", 7), ("run.clock.rounds", 10**9),
+    ],
+)  # fmt: skip
+def test_values_of_another_kind_are_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    folder = stopped_run(tmp_path / "s", monkeypatch)
+    path = max(folder.glob("checkpoint-*.json"))
+    stated = json.loads(path.read_bytes())
+    del stated["sha256"], stated["bytes"]
+    *steps, last = name.split(".")
+    owner = stated["values"]
+    for step in steps:
+        owner = owner[step]
+    owner[last] = value
+    rest = json.dumps(stated)[1:].encode()
+    path.write_bytes(f'{{"sha256": "{hashlib.sha256(rest).hexdigest()}", "bytes": {len(rest)},\n'.encode() + rest)
+    with pytest.raises(UnavailableError, match=rf"was not written by this program \({name}|its rounds is"):
+        api.distill(teacher(), net(1), **request(tmp_path / "s", resume="auto"))
 
 
 COMMAND = [

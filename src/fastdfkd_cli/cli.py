@@ -27,7 +27,7 @@ from fastdfkd_cli.console import (
     print_summary,
     print_values,
 )
-from fastdfkd_cli.errors import ThresholdError, UsageError
+from fastdfkd_cli.errors import ThresholdError, UsageError, printable
 from fastdfkd_cli.processes import from_environment
 from fastdfkd_cli.settings import (
     join_number_lists,
@@ -829,7 +829,7 @@ def _write_results(path: Path, row: Mapping[str, Any]) -> None:
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, fieldnames=list(row))
         writer.writeheader()
-        writer.writerow(row)
+        writer.writerow({key: printable(value) if isinstance(value, str) else value for key, value in row.items()})
         write_bytes(path, table.getvalue().encode("utf-8"))
 
 

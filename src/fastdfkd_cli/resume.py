@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,14 @@ from fastdfkd_cli.distributed import (
     text_of_leader,
     wait_for_all,
 )
-from fastdfkd_cli.errors import UnavailableError
+from fastdfkd_cli.errors import UnavailableError, brief
 from fastdfkd_cli.models import LoadedModel
 from fastdfkd_cli.pool import StoredPool, redealt
 from fastdfkd_cli.processes import ALONE, Group
 from fastdfkd_cli.records import MetricsLog
 
+#: What of a clock follows from the settings, where there is no time budget.
+_SCHEDULE = ("rounds", "warmup_rounds", "final_rounds", "batches_per_round", "kd_steps_per_round", "renewal")
 #: Most of a run's time that may go into checkpoints: they come less often where they cost more.
 SHARE = 0.01
 
@@ -83,7 +85,59 @@ class Unfinished:
         processes = values.get("processes", 1)
         if type(processes) is not int or not 1 <= processes < 2**20:
             raise UnavailableError(f"Checkpoint {number} in {folder} is of no number of processes.")
+        if (odd := _oddity(values)) is not None:
+            raise UnavailableError(
+                f"Checkpoint {number} in {folder} was not written by this program ({odd}): give --overwrite to begin "
+                "anew."
+            )
         return cls(number=number, folder=folder, processes=processes, values=values, loaded=latest)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= 2**31
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e300
+
+
+def _maybe(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+#: What the values of a checkpoint are. Checksums tell damage, and not what somebody else wrote.
+_FORM: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("run.position.round", "run.position.batches", "run.position.kd_steps"), _count),
+    **dict.fromkeys(("run.clock.warmup_rounds", "run.clock.final_rounds", "run.clock.renewal"), _count),
+    **dict.fromkeys(
+        ("run.clock.rounds", "run.clock.batches_per_round", "run.clock.kd_steps_per_round"),
+        lambda value: _count(value) and value > 0,
+    ),
+    **dict.fromkeys(("run.clock.final_seconds", "run.clock.elapsed", "elapsed"), _number),
+    **dict.fromkeys(("run.clock.budget", "run.clock.distillation_started"), _maybe(_number)),
+    **dict.fromkeys(("run.clock.fitted", "chosen.checkpoint"), lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("run.costs.synthesis", "run.costs.distillation", "run.rate"), _number),
+    **dict.fromkeys(("run.images_made", "run.steps_taken"), _count),
+    **dict.fromkeys(("run.pool.added", "run.pool.unlabelled", "run.pool.held"), _count),
+    **dict.fromkeys(("chosen.pool_size", "chosen.micro_batch", "run.label_views"), _size),
+    "run.retries": lambda value: isinstance(value, list),
+    "parts": lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
+}
+
+
+def _oddity(values: Mapping[str, Any]) -> str | None:
+    """Which of a checkpoint's values is not what :meth:`Keeper.save` writes; None where all of them are."""
+    for name, check in _FORM.items():
+        found: Any = values
+        for step in name.split("."):
+            found = found.get(step) if isinstance(found, dict) else None
+        if not check(found):
+            return f"{name} is {brief(found)}"
+    return None
 
 
 class Keeper:
@@ -122,6 +176,8 @@ class Keeper:
         """
         try:
             values = dict(latest.values["run"])
+            if latest.processes == self.group.world_size:
+                self._require_schedule(values["clock"], values["label_views"])
             if not self.group.several and latest.processes == 1:
                 assert latest.loaded is not None
                 tensors: Mapping[str, Tensor] = latest.loaded.tensors
@@ -143,6 +199,16 @@ class Keeper:
                 f"Checkpoint {latest.number} in {latest.folder} does not fit this run ({error}): give --overwrite to "
                 "begin anew."
             ) from error
+
+    def _require_schedule(self, clock: Mapping[str, Any], label_views: int) -> None:
+        """Settings decide how long a run is: what a checkpoint says of it is theirs, unless a time budget fits it."""
+        if label_views > max(self.run.config.distillation.label_views, 1):
+            raise ValueError(f"its label_views is {label_views}")
+        own = self.run.clock.to_dict()
+        fitted = own["budget"] is not None
+        for name in ("budget",) if fitted else ("budget", *_SCHEDULE):
+            if clock[name] != own[name]:
+                raise ValueError(f"its {name} is {brief(clock[name])}")
 
     def _share(self, latest: Unfinished) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], list[int]]:
         """From rank 0: what is common to all, and what is this process's own: tensors, parts and counts of the pool."""

@@ -20,11 +20,12 @@ import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastdfkd_cli import __version__
 from fastdfkd_cli.background import Background, HostCopy
-from fastdfkd_cli.data.files import IMAGE_MODES, images_in_tar, pixels
+from fastdfkd_cli.data.files import IMAGE_MODES, first_line, images_in_tar
 from fastdfkd_cli.dataset.layout import (
     CLASSES,
     FORMAT,
@@ -36,6 +37,7 @@ from fastdfkd_cli.dataset.layout import (
     is_dataset,
     load_manifest,
 )
+from fastdfkd_cli.dataset.reader import decode_image
 from fastdfkd_cli.errors import UnavailableError, UsageError
 from fastdfkd_cli.output import (
     LITTER,
@@ -250,7 +252,9 @@ class DatasetWriter:
             if name not in known
             and name.rsplit("/", 1)[-1] not in LITTER
             and not _is_leftover(name)
-            and not (name in ("grids", "state") or (_GRID.fullmatch(name) and (self.directory / MANIFEST).exists()))
+            # A link in the place of a folder would have what is written into it land elsewhere.
+            and not (name in ("grids", "state") and not (self.directory / name).is_symlink())
+            and not (_GRID.fullmatch(name) and (self.directory / MANIFEST).exists())
         ]
 
     def _drop_leftovers(self) -> None:
@@ -304,13 +308,32 @@ class DatasetWriter:
         for name, facts in self._state_files.items():
             path = self.directory / name
             check_file(path, facts)
-            if path.suffix == ".json":
-                values = json.loads(path.read_text(encoding="utf-8"))
-            else:
-                tensors = safetensors.torch.load_file(path)
-        if _PENDING[0] in tensors:
-            self._waiting = [HostCopy([tensors.pop(name) for name in _PENDING])]
+            try:
+                if path.suffix == ".json":
+                    values = json.loads(path.read_text(encoding="utf-8"))
+                else:
+                    tensors = safetensors.torch.load_file(path)
+            except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
+                raise UnavailableError(f"{path} cannot be read: {first_line(error)}.") from error
+        waiting = [tensors.pop(name, None) for name in _PENDING]
+        if not isinstance(values, dict) or not self._fit(waiting):
+            raise UnavailableError(f"{self.directory / 'state'} is damaged: it holds something else than a state.")
+        if waiting[0] is not None:
+            self._waiting = [HostCopy([each for each in waiting if each is not None])]
         self.state = ResumeState(tensors, values)
+
+    def _fit(self, waiting: Sequence[Tensor | None]) -> bool:
+        """Whether images, labels and logits are of this set, or none of them is there."""
+        images, labels, logits = waiting
+        if images is None or labels is None or logits is None:
+            return images is labels is logits is None
+        return (
+            (images.dtype, tuple(images.shape[1:])) == (torch.uint8, self.input_size)
+            and (labels.dtype, labels.shape) == (torch.int64, (len(images),))
+            and logits.dtype in (torch.float16, torch.float32)
+            and logits.shape == (len(images), self.num_classes)
+            and (not len(labels) or 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes)
+        )
 
     # What the engine sees
 
@@ -607,7 +630,8 @@ class DatasetWriter:
                     name = file.label
                     if missing.get(name):
                         missing[name] -= 1
-                        wanted[name].append(pixels(Image.open(io.BytesIO(file.read()))))
+                        size = (self.input_size[0], self.input_size[1], self.input_size[2])
+                        wanted[name].append(decode_image(file, size, "nearest", stored=size))
                         if not missing[name]:  # written at once: a thousand classes need not wait in memory
                             write_grid(folder / f"{name}.png", torch.stack(wanted.pop(name)), columns=GRID_COLUMNS)
 
@@ -620,7 +644,8 @@ def _facts(path: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _synced(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that is on the disk when the block ends."""
-    with path.open("wb") as file:
+    path.unlink(missing_ok=True)  # what a killed run left; a link would be written through
+    with path.open("xb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
