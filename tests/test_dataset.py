@@ -962,3 +962,33 @@ def test_pictures_of_a_set_are_made_of_its_own_images_only(tmp_path: Path) -> No
     writer.add(*batch(2))
     with pytest.raises(UnavailableError, match="is L 5x6, not what the manifest states"), writer:
         writer.close()
+
+
+def test_a_state_at_the_same_position_never_writes_over_the_one_that_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts: dict[str, Any] = {
+        "class_names": None, "num_classes": 2, "input_size": (3, 4, 4), "shard_size": 5, "header": {}
+    }  # fmt: skip
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with DatasetWriter(tmp_path / "set", **facts) as writer:
+        for value in range(3):
+            writer.flush_shard(state=({"x": torch.tensor([value])}, {}))
+        writer.wait()
+        monkeypatch.setattr(writer, "_write_manifest", killed)  # as if killed before the manifest is replaced
+        monkeypatch.setattr(writer, "_give_up", lambda: None)
+        writer.flush_shard(state=({"x": torch.tensor([3])}, {}))
+        with pytest.raises(Killed):
+            writer.wait()
+        writer._background = type(writer._background)()
+    monkeypatch.undo()
+    with DatasetWriter.resume(tmp_path / "set", **facts) as again:
+        assert again.state is not None
+        assert again.state.tensors["x"].item() == 2
+    assert len(list((tmp_path / "set" / "state").iterdir())) == 2

@@ -105,6 +105,10 @@ class ResumeState:
     values: dict[str, Any]
 
 
+#: Between the numbers of two states at one position.
+_ANOTHER = 10**9
+
+
 class DatasetWriter:
     """Writes a set, shard by shard; every shard that the manifest names is whole, whatever happens later.
 
@@ -593,8 +597,10 @@ class DatasetWriter:
         content |= {name: tensor for name, tensor in zip(_PENDING, rest, strict=True) if len(tensor)}
         folder = self.directory / "state"
         folder.mkdir(exist_ok=True)
-        # Numbered by position: the manifest's replacement decides, in one step, which one counts. The same position
-        # is written again only with nothing added in between, and then the two are equally good.
+        # Numbered by position: the manifest's replacement decides, in one step, which one counts. What it names now is
+        # never written over, also where no image was added since (batches that are thrown away change the state too).
+        while f"state/{position:08d}.json" in (self._state_files or {}):
+            position += _ANOTHER
         paths = (folder / f"{position:08d}.safetensors", folder / f"{position:08d}.json")
         write_bytes(paths[0], safetensors.torch.save(content))
         write_json(paths[1], state.values)
