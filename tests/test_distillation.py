@@ -675,6 +675,27 @@ def rates_of_schedule(settings: RunConfig) -> list[float]:
     return rates
 
 
+def test_weights_that_break_behind_a_fine_loss_are_neither_kept_nor_gone_back_to() -> None:
+    run = engine(config(schedule__rounds=5))
+    learn, tried, said = run.student.learn, 0, []
+    run.acceleration = Acceleration(say=said.append)
+
+    def broken(*given: Any) -> Any:
+        nonlocal tried
+        tried += 1
+        figures = learn(*given)
+        if tried == 6:  # the last step of a round: no loss is computed from it any more
+            with torch.no_grad():
+                run.student.net.fc.weight.fill_(torch.inf)
+        return figures
+
+    run.student.learn = broken  # type: ignore[method-assign]
+    list(run)
+    assert [retry["round"] for retry in run.retries] == [2]
+    assert said[0].startswith("The student's fc.weight is not finite: back to round 2")
+    assert run.steps_taken == 12
+
+
 def test_images_that_break_slow_the_method_down() -> None:
     class Breaks(Noise):
         def synthesize(self, student: nn.Module | None = None) -> SyntheticBatch:

@@ -361,9 +361,19 @@ class Student:
         if self.average is not None:
             self.net.load_state_dict(self.average.module.state_dict())
         self.net.eval()
-        for name, tensor in self.net.state_dict().items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise Diverged(f"The student's {name} is not finite after training", "distillation.lr")
+        self.check()
+
+    def check(self) -> None:
+        """Look at all weights and statistics, which a last update can break behind a loss that was fine.
+
+        Raises:
+            Diverged: one of them is not finite.
+        """
+        state = {name: tensor for name, tensor in self.net.state_dict().items() if tensor.is_floating_point()}
+        finite = torch.stack([torch.isfinite(tensor).all() for tensor in state.values()]).tolist()
+        for name, fine in zip(state, finite, strict=True):
+            if not fine:
+                raise Diverged(f"The student's {name} is not finite", "distillation.lr")
 
 
 class _CapturedStep:
@@ -905,13 +915,15 @@ class Distillation:
         return min((per_image * self.images_made + per_step * self.steps_taken) / whole, 1.0)
 
     def check(self) -> dict[str, float]:
-        """Read the latest figures off the device, and return those of synthesis.
+        """Read the latest figures off the device, and return those of synthesis; look at the student too.
 
         Raises:
-            FastDFKDError: one of them stopped being a number.
+            Diverged: one of them stopped being a number.
         """
         # A student that broke breaks the adversarial term too: name the cause before its effect.
         self._check_finite("distillation", self.steps_taken, self._step_figures)
+        if self.steps_taken:
+            self.student.check()
         return self._check_finite("synthesis", self.images_made, self._batch_losses)
 
     @staticmethod
