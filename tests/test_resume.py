@@ -266,6 +266,29 @@ def test_resume_auto_begins_where_there_is_nothing(tmp_path: Path) -> None:
         api.distill(teacher(), net(1), **{**request(tmp_path), "output": None, "resume": "auto"})
 
 
+def test_a_run_that_is_complete_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "student"
+    made = api.distill(teacher(), net(1), **request(path))
+    monkeypatch.setattr(api, "_distil", lambda *_: pytest.fail("work was done"))
+    before = {file: file.stat().st_mtime_ns for file in path.iterdir()}
+    said: list[str] = []
+    again = api.distill(teacher(), net(2), **request(path, resume="auto", on_message=said.append))
+    assert said[-1] == "the run is complete: nothing is left to do"
+    assert again.path == path
+    assert again.report == json.loads((path / "report.json").read_text())
+    for name, tensor in made.student.state_dict().items():
+        assert torch.equal(tensor, again.student.state_dict()[name]), name
+    assert not again.student.training
+    assert {file: file.stat().st_mtime_ns for file in path.iterdir()} == before
+    # Nothing but the very same run is taken for it, and a checkpoint's folder by name is none that is complete.
+    for changes in ({"resume": "auto", "overrides": {"seed": 1}}, {"resume": checkpoint_folder(path)}, {}):
+        with pytest.raises(UsageError, match="is not empty"):
+            api.distill(teacher(), net(1), **request(path, **changes))
+    (path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UnavailableError, match=r"model\.safetensors cannot be read"):
+        api.distill(teacher(), net(1), **request(path, resume="auto"))
+
+
 def test_a_finished_student_survives_what_comes_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     api.distill(teacher(), net(1), **request(tmp_path / "whole"))
 

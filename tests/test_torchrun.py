@@ -153,10 +153,8 @@ def test_a_killed_process_ends_the_run_and_one_process_goes_on_with_it(folder: P
     ("words", "line"),
     [
         (["distill", "--teacher", "a", "--student", "b", "--nonsense"], "No such option"),
-        (
-            ["synthesize", "--teacher", "a", "-n", "1", "-o", "x"],
-            "synthesize works in one process, and torchrun started 2",
-        ),
+        (["evaluate", "a", "--dataset", "builtin/digits"], "evaluate works in one process, and torchrun started 2"),
+        (["synthesize", "--teacher", "a", "-n", "1", "-o", "x"], "1 images cannot be divided into 2 parts"),
     ],
 )
 def test_a_usage_error_is_said_once(words: list[str], line: str) -> None:
@@ -164,3 +162,36 @@ def test_a_usage_error_is_said_once(words: list[str], line: str) -> None:
     assert done.code == 1
     assert len(done.ours) == 1
     assert line in done.ours[0]
+
+
+def test_a_set_is_made_by_all_processes_and_gone_on_with_by_one(folder: Path) -> None:
+    settings = [word for each in (*SETTINGS[3:5], "synthesis.steps=2") for word in ("--set", each)]
+    words = [
+        "synthesize",
+        "--teacher",
+        "builtin/digits",
+        "-n",
+        "70",
+        "--recipe",
+        "digits",
+        "--device",
+        "cpu",
+        "--no-amp",
+    ]
+    words += [*settings, "--shard-size", "16"]
+    together, apart = folder / "together", folder / "apart"
+    done = ran([*TORCHRUN, *words], "--output", str(together))
+    assert done.code == 0, done.err
+    assert done.out.splitlines() == [str(together)]
+    assert "of 2 parts, this process makes 1" in done.err
+    assert not done.ours
+    first = ran([*ALONE, *words], "--output", str(apart), "--part", "1/2")
+    assert first.code == 0, first.err
+    assert first.out.splitlines() == [str(apart / "part-00001-of-00002")]
+    rest = ran([*ALONE, *words], "--output", str(apart), "--resume")
+    assert rest.code == 0, rest.err
+    assert rest.out.splitlines() == [str(apart)]
+    made, alone = (json.loads((output / "manifest.json").read_text()) for output in (together, apart))
+    assert made["num_images"] == 70
+    for key in ("header", "shards", "counts"):
+        assert made[key] == alone[key], key

@@ -7,6 +7,7 @@ progress goes to ``on_record`` and remarks to ``on_message``.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from fastdfkd_cli.checkpoint import Checkpoints
 from fastdfkd_cli.config import RunConfig, to_dict
 from fastdfkd_cli.data import EvaluationData, open_evaluation_data
 from fastdfkd_cli.dataset import DatasetWriter, SyntheticSet, read_dataset
+from fastdfkd_cli.dataset.parts import check_place, part_folder, part_header, parts_begun, unfinished, unite
 from fastdfkd_cli.distillation import Distillation
 from fastdfkd_cli.distributed import (
     broadcast_,
@@ -32,7 +34,7 @@ from fastdfkd_cli.distributed import (
     text_of_leader,
 )
 from fastdfkd_cli.errors import FastDFKDError, UsageError
-from fastdfkd_cli.export import export_student, verify_export, write_samples
+from fastdfkd_cli.export import export_student, load_exported, verify_export, write_samples
 from fastdfkd_cli.job import (
     Job,
     Machine,
@@ -52,13 +54,13 @@ from fastdfkd_cli.job import (
 )
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.models import ModelOptions, check_forward, load_teacher
-from fastdfkd_cli.output import StagedDirectory, write_bytes, write_json
+from fastdfkd_cli.output import StagedDirectory, named, write_bytes, write_json
 from fastdfkd_cli.plan import model_size
 from fastdfkd_cli.pool import ImagePool
-from fastdfkd_cli.processes import ALONE, Group
+from fastdfkd_cli.processes import ALONE, Group, Part
 from fastdfkd_cli.quality import Quality, QualitySignal
 from fastdfkd_cli.records import MetricsLog, Record
-from fastdfkd_cli.resume import Keeper, Unfinished, checkpoint_folder, identity
+from fastdfkd_cli.resume import Keeper, Unfinished, checkpoint_folder, digest_of, finished, identity
 from fastdfkd_cli.runtime import (
     describe_device,
     deterministic_algorithms,
@@ -137,7 +139,8 @@ def distill(
         output: the folder to export to; None for no export.
         overwrite: replace a folder that an earlier run left there, and the checkpoints of an unfinished one.
         resume: ``auto`` to go on with the run that did not get to write ``output``, if there is one; or a folder of
-            checkpoints. An unfinished run is gone on with under its own settings or not at all.
+            checkpoints. An unfinished run is gone on with under its own settings or not at all. One that is complete
+            in ``output``, under the same settings, gives its student and report again, without any work.
         checkpoint_every: seconds between two checkpoints, at least; 0: only when the run is asked to stop. They stand
             in ``OUTPUT.checkpoints`` until the run is complete; without ``output`` or ``resume`` there are none.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
@@ -164,7 +167,8 @@ def distill(
         machine = Machine.choose(device, amp, say, group)
         together = stack.enter_context(ExitStack())
         together.enter_context(joined(group, machine.device, say=fail or silent))
-        if output is not None and group.leads:
+        done = finished(output) if output is not None and group.leads and str(resume) == "auto" else None
+        if output is not None and group.leads and done is None:
             StagedDirectory(output, overwrite).check()
         job = prepare(
             teacher,
@@ -184,6 +188,14 @@ def distill(
         given = _read_given(data_dir, job)
         about = identity(job.config, job.teacher, job.student, machine.amp, given)
         require_same(group, "settings", json.dumps(about, sort_keys=True, default=str))
+        if done is not None and done["settings_sha256"] != digest_of(about):
+            StagedDirectory(output or "", overwrite).check()  # refused, as any folder that holds something
+            done = None
+        if text_of_leader(group, "complete" if done is not None else ""):
+            say("the run is complete: nothing is left to do")
+            if done is not None:
+                load_exported(Path(output or ""), job.student)
+            return DistillResult(job.student.module, Path(output or "") if group.leads else None, done or {})
         folder = _checkpoint_folder(output, resume)
         checkpoints = None
         if folder is not None and group.leads:
@@ -234,6 +246,7 @@ def distill(
             failure = error  # the student is finished: it is not lost to a damaged picture
         held_up = checkpoints.seconds if checkpoints is not None else 0.0
         report = _report(job, run, given, data_dir, quality, scores, held_up, held, log.elapsed)
+        report["settings_sha256"] = digest_of(about)
         if output is not None:
             with StagedDirectory(output, overwrite) as staged:
                 write_bytes(staged / "metrics.jsonl", log.content())
@@ -509,35 +522,38 @@ def synthesize(
     resume: bool = False,
     overwrite: bool = False,
     shard_size: int = 1000,
+    part: Part | None = None,
     checkpoint_every: float = CHECKPOINT_EVERY,
     device: str = "auto",
     amp: bool | None = None,
     compile: bool = False,
     graphs: bool = False,
+    group: Group = ALONE,
     on_record: OnRecord | None = None,
     on_message: OnMessage | None = None,
 ) -> SynthesizeResult:
     """Make a labelled synthetic data set from ``teacher``: see :mod:`fastdfkd_cli.dataset` for the folder's layout.
 
     Args:
-        num_images: how many.
+        num_images: how many, over all parts.
         output: the folder.
         student: a model for the adversarial term to play against; without one, the term is off.
         resume: go on with an unfinished set in ``output``, made with the same settings.
-        overwrite: replace a folder that an earlier run left there.
+        overwrite: replace a folder that an earlier run left there; not with parts.
         shard_size: images per tar file.
+        part: make this part of the set alone, with a generator of its own. Whoever completes the last one puts all
+            together in ``output``.
         checkpoint_every: seconds between two times that images of no whole shard are saved too, at least; 0: only when
             the run is asked to stop.
+        group: of several processes, which one this is: each makes a part, or several, one after the other, of a set
+            that was begun in more. Rank 0 returns when the set is whole.
         others: as in :func:`distill`.
 
     Raises:
         As :func:`distill`.
     """
     say = on_message or silent
-    if num_images < 1:
-        raise UsageError(f"num_images must be 1 or more, not {num_images}.")
-    if resume and overwrite:
-        raise UsageError("resume and overwrite exclude each other.")
+    mine = _parts_to_make(num_images, output, part, group, resume=resume, overwrite=overwrite)
     job = prepare(
         teacher,
         student,
@@ -546,57 +562,141 @@ def synthesize(
         recipe,
         config,
         overrides,
-        Machine.choose(device, amp, say),
+        Machine.choose(device, amp, say, group).apart(),
         say,
         trains=False,
     )
-    net = job.machine.place(job.teacher)
-    opponent = job.machine.place(job.student) if job.student is not None else None
-    begun = begun_with(output) if resume else None
-    # A set that was begun is gone on with as it was, whatever memory is free now.
-    plan = synthesis_plan_of(job, net, opponent, num_images) if begun is None and on_message is not None else None
-    acceleration = accelerated(job, plan, compiles=compile, graphs=graphs, say=say, micro_batch=begun or 0)
-    method = build_method(job.config, net, acceleration=acceleration, **job.keywords())
-    settings: dict[str, Any] = {
-        "class_names": job.teacher.class_names,
-        "num_classes": job.teacher.num_classes,
-        "input_size": job.size,
-        "shard_size": shard_size,
-        "header": {
-            **header(
-                job.config,
-                job.teacher.describe(),
-                job.student.describe() if job.student is not None else None,
-                job.machine.amp,
-            ),
-            **({"micro_batch": acceleration.micro_batch} if acceleration.micro_batch else {}),
-        },
-    }
-    with ExitStack() as stack:
-        stack.callback(method.close)
-        stack.enter_context(deterministic_algorithms(job.config.deterministic))
-        if resume:
-            writer = stack.enter_context(DatasetWriter.resume(output, **settings))
+    run = _SetMaker(job, num_images, Path(output), resume, overwrite, shard_size, checkpoint_every, compile, graphs)
+    if mine is None:
+        return SynthesizeResult(Path(output), run.make(None, Path(output), on_record, on_message))
+    count, numbers = mine
+    if len(numbers) != 1 or group.several:
+        say(f"of {count} parts, this process makes {named([str(number) for number in numbers]) or 'none'}")
+    manifest: dict[str, Any] = {}
+    folder = Path(output)
+    for number in numbers:
+        if (united := run.united(count)) is not None:
+            return SynthesizeResult(Path(output), united)
+        if number in unfinished(output, count):
+            folder = part_folder(output, Part(number, count))
+            manifest = run.make(Part(number, count), folder, on_record, on_message)
+    while (united := run.united(count)) is None:
+        left = [str(number) for number in unfinished(output, count)]
+        if left and not (group.several and group.leads):
+            say(f"not complete yet: part{'s' if len(left) > 1 else ''} {named(left)}; the last puts all together")
+            return SynthesizeResult(folder, manifest)
+        time.sleep(1.0)  # if another process fails, torchrun ends this one
+    return SynthesizeResult(Path(output), united)
+
+
+def _parts_to_make(
+    num_images: int, output: str | Path, part: Part | None, group: Group, *, resume: bool, overwrite: bool
+) -> tuple[int, list[int]] | None:
+    """How many parts the set has, and which of them this process makes; None for a set in one piece.
+
+    Raises:
+        UsageError: no such set can be made there.
+    """
+    if num_images < 1:
+        raise UsageError(f"num_images must be 1 or more, not {num_images}.")
+    if resume and overwrite:
+        raise UsageError("resume and overwrite exclude each other.")
+    if part is not None and group.several:
+        raise UsageError("Each of several processes takes parts of its own: leave --part out under torchrun.")
+    # A set that was begun by another number of processes keeps its parts.
+    count = parts_begun(output) if resume and part is None else None
+    if count is None:
+        count = part.count if part is not None else group.world_size
+        if part is None and not group.several:
+            return None
+    if overwrite:
+        raise UsageError(
+            "A set in parts replaces nothing: leave --overwrite out, and remove the folder or take another."
+        )
+    if num_images < count:
+        raise UsageError(f"{num_images} images cannot be divided into {count} parts.")
+    numbers = [part.number] if part is not None else list(range(group.rank + 1, count + 1, group.world_size))
+    check_place(output, count, numbers, resume=resume)
+    return count, numbers
+
+
+@dataclass(frozen=True)
+class _SetMaker:
+    """What :func:`synthesize` was asked for, for each part."""
+
+    job: Job
+    num_images: int
+    output: Path
+    resume: bool
+    overwrite: bool
+    shard_size: int
+    checkpoint_every: float
+    compile: bool
+    graphs: bool
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides what the images are, as the writer takes it."""
+        job = self.job
+        student = job.student.describe() if job.student is not None else None
+        return {
+            "class_names": job.teacher.class_names,
+            "num_classes": job.teacher.num_classes,
+            "input_size": job.size,
+            "shard_size": self.shard_size,
+            "header": header(job.config, job.teacher.describe(), student, job.machine.amp),
+        }
+
+    def united(self, count: int) -> dict[str, Any] | None:
+        """The manifest of the whole set, once all its parts are complete."""
+        return unite(self.output, count, self.num_images, **self._settings())
+
+    def make(
+        self, part: Part | None, folder: Path, on_record: OnRecord | None, on_message: OnMessage | None
+    ) -> dict[str, Any]:
+        """Make the set, or a part of it, in ``folder``; returns its manifest."""
+        job, say = self.job, on_message or silent
+        images = part.range(self.num_images) if part is not None else range(self.num_images)
+        net = job.machine.place(job.teacher)
+        opponent = job.machine.place(job.student) if job.student is not None else None
+        begun = begun_with(folder) if self.resume else None
+        # A set that was begun is gone on with as it was, whatever memory is free now.
+        plan = synthesis_plan_of(job, net, opponent, len(images)) if begun is None and on_message is not None else None
+        acceleration = accelerated(
+            job, plan, compiles=self.compile, graphs=self.graphs, say=say, micro_batch=begun or 0
+        )
+        seed = part.seed(job.config.seed) if part is not None else None
+        method = build_method(job.config, net, seed=seed, acceleration=acceleration, **job.keywords())
+        settings = self._settings()
+        if acceleration.micro_batch:
+            settings["header"]["micro_batch"] = acceleration.micro_batch
+        if part is not None:
+            settings["header"] |= part_header(part, self.num_images)
+        with ExitStack() as stack:
+            stack.callback(method.close)
+            stack.enter_context(deterministic_algorithms(job.config.deterministic))
+            writer = stack.enter_context(
+                DatasetWriter(
+                    folder, **settings, first_image=images.start, resume=self.resume, overwrite=self.overwrite
+                )
+            )
             if writer.num_images:
                 say(f"going on after {writer.num_images} images")
-        else:
-            writer = stack.enter_context(DatasetWriter(output, overwrite=overwrite, **settings))
-        method.prepare(opponent)
-        run = Synthesis(
-            job.config,
-            method,
-            net,
-            opponent,
-            writer=writer,
-            num_images=num_images,
-            device=job.machine.device,
-            checkpoint_every=checkpoint_every,
-        )
-        with patiently():
-            for record in run:
-                if on_record is not None:
-                    on_record(record)
-    return SynthesizeResult(Path(output), run.manifest)
+            method.prepare(opponent)
+            run = Synthesis(
+                job.config,
+                method,
+                net,
+                opponent,
+                writer=writer,
+                num_images=len(images),
+                device=job.machine.device,
+                checkpoint_every=self.checkpoint_every,
+            )
+            with patiently():
+                for record in run:
+                    if on_record is not None:
+                        on_record(record)
+        return run.manifest
 
 
 def evaluate(
@@ -718,14 +818,20 @@ def plan_synthesize(
     resume: bool = False,
     overwrite: bool = False,
     shard_size: int = 1000,
+    part: Part | None = None,
     device: str = "auto",
     amp: bool | None = None,
+    group: Group = ALONE,
     on_record: OnRecord | None = None,
     on_message: OnMessage | None = None,
 ) -> dict[str, Any]:
-    """What :func:`synthesize` would do with the same arguments, and what it would cost; nothing is written."""
+    """What :func:`synthesize` would do with the same arguments, and what it would cost; nothing is written.
+
+    Of a set in parts, this process's, or the one that is named.
+    """
     say = on_message or silent
-    if not resume:
+    mine = _parts_to_make(num_images, output, part, group, resume=resume, overwrite=overwrite)
+    if not resume and mine is None:
         StagedDirectory(output, overwrite).check()
     job = prepare(
         teacher,
@@ -735,13 +841,16 @@ def plan_synthesize(
         recipe,
         config,
         overrides,
-        Machine.choose(device, amp, say),
+        Machine.choose(device, amp, say, group).apart(),
         say,
         trains=False,
     )
     opponent = job.machine.place(job.student) if job.student is not None else None
-    plan = synthesis_plan_of(job, job.machine.place(job.teacher), opponent, num_images)
-    plan["shards"] = -(-num_images // shard_size)
+    count, numbers = mine or (1, [1])
+    lengths = [len(Part(number, count).range(num_images)) for number in numbers]
+    plan = synthesis_plan_of(job, job.machine.place(job.teacher), opponent, sum(lengths))
+    plan["shards"] = sum(-(-length // shard_size) for length in lengths)
+    plan["parts"] = [str(Part(number, count)) for number in numbers]
     return with_names(plan, job, output)
 
 

@@ -35,6 +35,7 @@ from fastdfkd_cli.settings import (
     parse_input_size,
     parse_interval,
     parse_numbers,
+    parse_part,
     resolve,
 )
 
@@ -444,6 +445,16 @@ def synthesize(
     shard_size: Annotated[
         int, _option("--shard-size", panel=_OUTPUT, metavar="N", min=1, help="Images per tar file. Default: 1000.")
     ] = 1000,
+    part: Annotated[
+        str | None,
+        _option(
+            "--part",
+            panel=_OUTPUT,
+            metavar="K/N",
+            help="Make part K of N, for jobs that fill one folder side by side; the last to end puts all together. "
+            "Default: the whole set.",
+        ),
+    ] = None,
     checkpoint_every: CheckpointEvery = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -476,10 +487,10 @@ def synthesize(
 
     Example: fastdfkd synthesize --teacher timm/resnet50 --num-images 50000 --output synthetic
     """
-    _require_one_process("synthesize")
+    group = from_environment()
     if resume and overwrite:
         raise UsageError("--resume goes on with what is in the folder and --overwrite discards it: give one of them.")
-    every = parse_interval(checkpoint_every)
+    every, of_whole = parse_interval(checkpoint_every), parse_part(part)
     name, overrides = _settings(
         ctx,
         recipe=recipe,
@@ -502,7 +513,7 @@ def synthesize(
 
     tune_process()
 
-    with Progress() as progress:
+    with Progress() if group.leads else nullcontext() as progress:
         request: dict[str, Any] = {
             "num_images": num_images,
             "output": output,
@@ -514,13 +525,15 @@ def synthesize(
             "resume": resume,
             "overwrite": overwrite,
             "shard_size": shard_size,
+            "part": of_whole,
             "device": device,
             "amp": amp,
-            "on_record": progress.record,
-            "on_message": progress.message,
+            "group": group,
+            "on_record": progress.record if progress is not None else None,
+            "on_message": progress.message if progress is not None else None,
         }
         if dry_run:
-            plan = api.plan_synthesize(teacher, **request)
+            plan = api.plan_synthesize(teacher, **request) if group.leads else {}
         else:
             try:
                 result = api.synthesize(teacher, **request, checkpoint_every=every, compile=compile, graphs=graphs)
@@ -528,6 +541,8 @@ def synthesize(
                 if not getattr(stop, "__notes__", None):
                     stop.add_note("whole shards stay in the folder: the same command with --resume goes on")
                 raise
+    if not group.leads:
+        return
     if dry_run:
         _print_plan(plan, json)
     elif json:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastdfkd_cli import __version__
-from fastdfkd_cli.errors import FastDFKDError
+from fastdfkd_cli.errors import FastDFKDError, UnavailableError
 from fastdfkd_cli.models import LoadedModel, LogitsOnly, Normalized
 from fastdfkd_cli.models.files import unwrapped
 from fastdfkd_cli.nets_cifar import REGISTRY_PREFIX
@@ -365,6 +365,20 @@ def _reopened(folder: Path, student: LoadedModel) -> nn.Module:
     return LogitsOnly(module)
 
 
+def load_exported(directory: str | Path, student: LoadedModel) -> None:
+    """Give ``student`` the weights that :func:`export_student` wrote for one like it; it is in evaluation mode then.
+
+    Raises:
+        UnavailableError: the file is damaged, or of another network.
+    """
+    path = Path(directory) / WEIGHTS
+    try:
+        plain_module(student.module).load_state_dict(safetensors.torch.load_file(path))
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UnavailableError(f"{path} cannot be read: {one_line(error)}.") from error
+    student.module.eval()
+
+
 def verify_export(directory: str | Path, student: LoadedModel, images: Tensor) -> float:
     """Open the exported folder as a stranger would, and compare its logits with the student's.
 
@@ -402,4 +416,4 @@ def verify_export(directory: str | Path, student: LoadedModel, images: Tensor) -
     return float(difference)
 
 
-__all__ = ["export_student", "model_card", "plain_module", "verify_export", "write_samples"]
+__all__ = ["export_student", "load_exported", "model_card", "plain_module", "verify_export", "write_samples"]

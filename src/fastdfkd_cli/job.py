@@ -51,6 +51,10 @@ class Machine:
         say(f"device {describe_device(chosen)}, {'bf16' if machine.amp else 'float32'}")
         return machine
 
+    def apart(self) -> Machine:
+        """The same machine for a process that has nothing to do with the others but to share it."""
+        return replace(self, group=Group(local_rank=self.group.local_rank, local_size=self.group.local_size))
+
     def available_memory(self) -> int:
         """Bytes that are free for this process now: its part, where others of the run share them."""
         free = available_memory(self.device)

@@ -439,8 +439,11 @@ def file_damage(path: Path, *, size: int, sha256: str, by: str, content: bool = 
     return None
 
 
-def lock_folder(folder: Path) -> int | None:
+def lock_folder(folder: Path, *, wait: bool = False) -> int | None:
     """Keep other runs out of an existing folder; the system frees the lock however this process ends.
+
+    Args:
+        wait: for a run that holds it.
 
     Returns:
         For :func:`unlock_folder`; None where the system or its file system knows no locks.
@@ -453,7 +456,7 @@ def lock_folder(folder: Path) -> int | None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        _fcntl.flock(descriptor, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+        _fcntl.flock(descriptor, _fcntl.LOCK_EX | (0 if wait else _fcntl.LOCK_NB))
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):

@@ -53,6 +53,30 @@ class Group:
         return each + (self.rank < left)
 
 
+@dataclass(frozen=True)
+class Part:
+    """One part of a job that is divided among processes or jobs which send one another nothing.
+
+    Args:
+        number: which, from 1 on.
+        count: of how many.
+    """
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def range(self, total: int) -> range:
+        """Its own of ``total`` numbered things; the parts differ in length by one at most."""
+        return range(total * (self.number - 1) // self.count, total * self.number // self.count)
+
+    def seed(self, seed: int) -> int:
+        """The seed of what this part draws, where ``seed`` is the whole job's."""
+        return Group(rank=self.number - 1, world_size=self.count).seed(seed)
+
+
 #: One process by itself: nothing is said to anyone, and nothing computed that would not be without a group.
 ALONE = Group()
 
@@ -118,4 +142,4 @@ def _number(environment: Mapping[str, str], name: str, least: int) -> int:
     return int(text)
 
 
-__all__ = ["ALONE", "Group", "from_environment", "leads", "note_joined", "speaks_first"]
+__all__ = ["ALONE", "Group", "Part", "from_environment", "leads", "note_joined", "speaks_first"]

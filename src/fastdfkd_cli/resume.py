@@ -32,6 +32,7 @@ from fastdfkd_cli.distributed import (
 )
 from fastdfkd_cli.errors import UnavailableError, brief
 from fastdfkd_cli.models import LoadedModel
+from fastdfkd_cli.output import is_own_folder, plain_json
 from fastdfkd_cli.pool import StoredPool, redealt
 from fastdfkd_cli.processes import ALONE, Group
 from fastdfkd_cli.records import MetricsLog
@@ -57,6 +58,25 @@ def identity(
         digest.update(given.labels.contiguous().numpy().data)
         data = {"images": len(given.images), "sha256": digest.hexdigest()}
     return {"config": to_dict(config), "teacher": of(teacher), "student": of(student), "amp": amp, "data": data}
+
+
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """The SHA-256 of what :func:`identity` gave, by which a finished run is known again."""
+    text = json.dumps(plain_json(identity), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def finished(output: str | Path) -> dict[str, Any] | None:
+    """The report of the run that is complete in ``output``; None if there is none, or one is unfinished beside it."""
+    folder = Path(output)
+    if any(checkpoint_folder(folder).glob("checkpoint-*.json")) or not is_own_folder(folder):
+        return None
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    whole = isinstance(report, dict) and isinstance(report.get("seconds"), dict) and "images" in report
+    return report if whole and isinstance(report.get("settings_sha256"), str) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,4 +379,4 @@ def checkpoint_folder(output: str | Path) -> Path:
     return output.with_name(f"{output.resolve().name}.checkpoints")
 
 
-__all__ = ["Keeper", "Unfinished", "checkpoint_folder", "identity"]
+__all__ = ["Keeper", "Unfinished", "checkpoint_folder", "digest_of", "finished", "identity"]

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastdfkd_cli.config import from_dict, full_key, parse_value
 from fastdfkd_cli.errors import UsageError, brief
+from fastdfkd_cli.processes import Part
 
 _DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s?)?", re.I)
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.I)
@@ -54,6 +55,20 @@ def parse_interval(text: str | None) -> float:
     if text is None:
         return CHECKPOINT_EVERY
     return 0.0 if text.strip() in ("0", "0s") else parse_duration(text)
+
+
+def parse_part(text: str | None) -> Part | None:
+    """Return the part that ``--part 2/8`` names.
+
+    Raises:
+        UsageError: not a part of something.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text.strip(), re.ASCII)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(f"--part must be one of the parts of a whole, such as 2/8, not {text!r}.")
+    return Part(int(found[1]), int(found[2]))
 
 
 def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:

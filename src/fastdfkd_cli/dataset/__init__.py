@@ -22,6 +22,8 @@ temporary names (``.train-00000.tar.partial``) that a resumed run completes or d
 In this package::
 
     layout.py  what the files are called, the manifest's checks
+    grids.py   a picture per class
+    parts.py   a set made in parts, by several processes or jobs, and put together
     writer.py  DatasetWriter: shards, interruption and going on
     reader.py  read_dataset: such a set, or anybody's images, in memory
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,14 @@ from typing import Any
 
 from fastdfkd_cli.data.files import IMAGE_MODES, first_line
 from fastdfkd_cli.errors import UnavailableError, brief
-from fastdfkd_cli.output import file_damage
+from fastdfkd_cli.output import file_damage, plain_json
 
 FORMAT = "synthetic-images"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CLASSES = "classes.txt"
 SHARD_FILE = re.compile(r"train-\d{5,}\.(tar|safetensors)")
+PART_FOLDER = re.compile(r"part-(?P<number>\d{5,})-of-(?P<count>\d{5,})")
 STATE_FILE = re.compile(r"state/(\d{5,}\.(safetensors|json)|\.\d{5,}\.(safetensors|json)\.partial-[0-9a-f]{8})")
 
 
@@ -39,6 +41,25 @@ def class_folders(num_classes: int, class_names: Sequence[str] | None = None) ->
         clean = re.sub(r"[^A-Za-z0-9-]+", "_", ascii_text).strip("_-")[:40].rstrip("_-")
         folders.append(f"{index:0{digits}d}_{clean}" if clean else f"{index:0{digits}d}")
     return tuple(folders)
+
+
+def set_identity(
+    *,
+    class_names: Sequence[str] | None,
+    num_classes: int,
+    input_size: Sequence[int],
+    shard_size: int,
+    header: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a manifest says of a set that never changes: whoever goes on with the set must bring the same."""
+    about = {
+        "classes": class_folders(num_classes, class_names),
+        "class_names": class_names,
+        "input_size": input_size,
+        "shard_size": shard_size,
+        "header": header,
+    }
+    return dict(plain_json(about))
 
 
 def is_dataset(folder: Path) -> bool:
@@ -114,6 +135,15 @@ def _manifest_damage(manifest: Mapping[str, Any]) -> str | None:
     if not isinstance(manifest.get("header"), dict) or not isinstance(manifest.get("complete"), bool):
         return "header or complete is missing"
     return None
+
+
+def parts_in(directory: str | Path) -> dict[int, set[int]]:
+    """Which parts have a folder in ``directory``: their numbers, by the count that they are of."""
+    found: dict[int, set[int]] = {}
+    for name in os.listdir(directory) if Path(directory).is_dir() else ():
+        if match := PART_FOLDER.fullmatch(name):
+            found.setdefault(int(match["count"]), set()).add(int(match["number"]))
+    return found
 
 
 def check_file(path: Path, facts: Mapping[str, Any], *, content: bool = True) -> None:

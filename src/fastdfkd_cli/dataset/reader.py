@@ -29,7 +29,7 @@ from fastdfkd_cli.data.files import (
     quiet,
     tars_in_folder,
 )
-from fastdfkd_cli.dataset.layout import CLASSES, MANIFEST, check_file, is_dataset, load_manifest
+from fastdfkd_cli.dataset.layout import CLASSES, MANIFEST, check_file, is_dataset, load_manifest, parts_in
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
 from fastdfkd_cli.host import available_memory
 
@@ -84,6 +84,12 @@ def read_dataset(
         raise UnavailableError(f"--data-dir {path} does not exist.")
     if path.is_dir() and (path / MANIFEST).exists():
         return _read_synthetic(path, input_size, interpolation)
+    if parts := parts_in(path):
+        count = max(parts)
+        raise UnavailableError(
+            f"--data-dir {path} is made in {count} parts, and some are not complete: let fastdfkd synthesize go on "
+            "with --resume."
+        )
     if input_size is None:
         raise UsageError(f"--data-dir {path} has no {MANIFEST}: the input size must be given for plain images.")
     return _read_plain(path, input_size, interpolation)

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from fastdfkd_cli import __version__
 from fastdfkd_cli.background import Background, HostCopy
-from fastdfkd_cli.data.files import IMAGE_MODES, first_line, images_in_tar
+from fastdfkd_cli.data.files import IMAGE_MODES, first_line
+from fastdfkd_cli.dataset.grids import GRID_FILE, write_grids
 from fastdfkd_cli.dataset.layout import (
     CLASSES,
     FORMAT,
@@ -36,8 +37,8 @@ from fastdfkd_cli.dataset.layout import (
     class_folders,
     is_dataset,
     load_manifest,
+    set_identity,
 )
-from fastdfkd_cli.dataset.reader import decode_image
 from fastdfkd_cli.errors import UnavailableError, UsageError
 from fastdfkd_cli.output import (
     LITTER,
@@ -54,16 +55,12 @@ from fastdfkd_cli.output import (
     write_json,
     writing,
 )
-from fastdfkd_cli.pictures import write_grid
 
 #: What the engine may write beside the set.
 SIDE_FILES = frozenset({"README.md", "report.json", "metrics.jsonl", "config.json", "samples.png"})
-#: Pictures per class, and per row, in ``grids/``.
-GRID_IMAGES, GRID_COLUMNS = 32, 8
 _PARTIAL = re.compile(
     r"\.train-\d{5,}\.(tar|safetensors)\.partial|\.(manifest\.json|classes\.txt)\.partial-[0-9a-f]{8}"
 )
-_GRID = re.compile(r"grids/(\d{4,}(_[A-Za-z0-9._-]+)?\.png|\.\d{4,}.*\.png\.partial-[0-9a-f]{8})")
 _TIMM_CACHE = re.compile(r"_.*_tarinfos\.pickle")
 _PNG_COMPRESSION = 3  # half the time of zlib's default for a few per cent more bytes
 #: What the engine goes on from: tensors and JSON values.
@@ -130,6 +127,7 @@ class DatasetWriter:
         shard_size: images per tar.
         header: everything that decides what the images are, ready for JSON: config, teacher, seed. A resumed run
             must bring the same.
+        first_image: the number that the first image has, for a part of a larger set.
         overwrite: replace an earlier set.
         resume: go on with an earlier set: what :meth:`resume` is short for.
 
@@ -151,6 +149,7 @@ class DatasetWriter:
         input_size: tuple[int, int, int],
         shard_size: int,
         header: Mapping[str, Any],
+        first_image: int = 0,
         overwrite: bool = False,
         resume: bool = False,
     ) -> None:
@@ -160,15 +159,14 @@ class DatasetWriter:
             raise UsageError(f"Images of 1 to 4 channels can be stored, not of {input_size[0]}.")
         self.directory = Path(directory)
         self.folders = class_folders(num_classes, class_names)
-        self.num_classes, self.input_size, self.shard_size = num_classes, tuple(input_size), shard_size
-        self._identity: dict[str, Any] = plain_json(
-            {
-                "classes": self.folders,
-                "class_names": class_names,
-                "input_size": input_size,
-                "shard_size": shard_size,
-                "header": header,
-            }
+        self.num_classes, self.input_size, self.shard_size = num_classes, input_size, shard_size
+        self.first_image = first_image
+        self._identity = set_identity(
+            class_names=class_names,
+            num_classes=num_classes,
+            input_size=input_size,
+            shard_size=shard_size,
+            header=header,
         )
         self._shards: list[dict[str, Any]] = []
         self._counts = [0] * num_classes
@@ -258,7 +256,7 @@ class DatasetWriter:
             and not _is_leftover(name)
             # A link in the place of a folder would have what is written into it land elsewhere.
             and not (name in ("grids", "state") and not (self.directory / name).is_symlink())
-            and not (_GRID.fullmatch(name) and (self.directory / MANIFEST).exists())
+            and not (GRID_FILE.fullmatch(name) and (self.directory / MANIFEST).exists())
         ]
 
     def _drop_leftovers(self) -> None:
@@ -507,7 +505,7 @@ class DatasetWriter:
                 check()
             self._commit(waiting, sizes, snapshot, complete=complete, summary=summary)
             if complete:
-                self._write_grids()
+                write_grids(self.directory, self._shards, self.folders, self._counts, self.input_size)
 
         self._background.start(job)
         if sizes:
@@ -528,7 +526,7 @@ class DatasetWriter:
         images, labels, logits = _joined(waiting)
         self._check_labels(labels)
         shards, counts = list(self._shards), list(self._counts)
-        start, first = 0, self.num_written
+        start, first = 0, self.first_image + self.num_written
         with writing(self.directory):
             for size in sizes:
                 part = slice(start, start + size)
@@ -541,7 +539,7 @@ class DatasetWriter:
             state_files = None
             if state is not None:
                 state_files = self._write_state(
-                    first + len(labels), state, (images[start:], labels[start:], logits[start:])
+                    self.num_written + len(labels), state, (images[start:], labels[start:], logits[start:])
                 )
             self._write_manifest(shards, counts, state_files, complete, summary)
             for shard in shards[len(self._shards) :]:
@@ -617,29 +615,6 @@ class DatasetWriter:
                 path.unlink()
         for folder in ("grids", "state"):
             shutil.rmtree(self.directory / folder, ignore_errors=True)
-
-    def _write_grids(self) -> None:
-        """Write a picture per class of its first images, read back from the shards."""
-        wanted: dict[str, list[Tensor]] = {folder: [] for folder in self.folders}
-        missing = {name: min(GRID_IMAGES, count) for name, count in zip(self.folders, self._counts, strict=True)}
-        folder = self.directory / "grids"
-        with writing(folder):
-            folder.mkdir(exist_ok=True)
-            for path in folder.iterdir():
-                if _GRID.fullmatch(f"grids/{path.name}"):
-                    path.unlink()
-            for shard in self._shards:
-                if not any(missing.values()):
-                    break
-                tar_name = next(name for name in shard["files"] if name.endswith(".tar"))
-                for file in images_in_tar(self.directory / tar_name):
-                    name = file.label
-                    if missing.get(name):
-                        missing[name] -= 1
-                        size = (self.input_size[0], self.input_size[1], self.input_size[2])
-                        wanted[name].append(decode_image(file, size, "nearest", stored=size))
-                        if not missing[name]:  # written at once: a thousand classes need not wait in memory
-                            write_grid(folder / f"{name}.png", torch.stack(wanted.pop(name)), columns=GRID_COLUMNS)
 
 
 def _facts(path: Path) -> dict[str, Any]:
