@@ -19,7 +19,7 @@ HEAVY = {"huggingface_hub", "safetensors", "timm", "torch", "torchvision"}
 #: From the ground up. A module imports from its own row (without cycles) and from those before it.
 LAYERS = (
     {"errors", "host", "stopping"},
-    {"config", "processes", "records", "recipes", "settings"},
+    {"config", "method_config", "processes", "records", "recipes", "settings"},
     {
         "acceleration",
         "architectures",
@@ -52,6 +52,7 @@ LIGHT = {
     "config",
     "console",
     "errors",
+    "method_config",
     "processes",
     "recipes",
     "records",

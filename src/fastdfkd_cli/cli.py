@@ -28,6 +28,7 @@ from fastdfkd_cli.console import (
     print_values,
 )
 from fastdfkd_cli.errors import ThresholdError, UsageError, printable
+from fastdfkd_cli.method_config import SETTINGS
 from fastdfkd_cli.processes import from_environment
 from fastdfkd_cli.settings import (
     join_number_lists,
@@ -141,6 +142,16 @@ Assignments = Annotated[
         panel=_SETTINGS,
         metavar="KEY=VALUE",
         help="One setting, such as synthesis.steps=2; repeatable. `fastdfkd recipes --show NAME` lists the keys.",
+    ),
+]
+MethodName = Annotated[
+    str | None,
+    _option(
+        "--method",
+        "-m",
+        panel=_SETTINGS,
+        metavar="NAME",
+        help=f"How images are made: {', '.join(SETTINGS)}. Default: the recipe's, fast.",
     ),
 ]
 Steps = Annotated[
@@ -278,6 +289,7 @@ def distill(
     recipe: RecipeName = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
+    method: MethodName = None,
     steps: Steps = None,
     seed: Seed = None,
     deterministic: Deterministic = None,
@@ -347,6 +359,7 @@ def distill(
         assignments=assignments,
         seed=seed,
         options={
+            "method": method,
             "synthesis.steps": steps,
             "deterministic": deterministic,
             "rounds": rounds,
@@ -461,6 +474,7 @@ def synthesize(
     recipe: RecipeName = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
+    method: MethodName = None,
     steps: Steps = None,
     seed: Seed = None,
     deterministic: Deterministic = None,
@@ -497,7 +511,7 @@ def synthesize(
         config=config,
         assignments=assignments,
         seed=seed,
-        options={"synthesis.steps": steps, "deterministic": deterministic},
+        options={"method": method, "synthesis.steps": steps, "deterministic": deterministic},
     )
     teacher_said = _said(
         "teacher-", teacher_arch, teacher_weights, teacher_num_classes, teacher_input_size, teacher_mean, teacher_std
@@ -752,10 +766,14 @@ def _settings(
         assignments=assignments or (),
         options={**options, "seed": None if from_environment else seed},
     )
-    if name != "auto":
-        from fastdfkd_cli.recipes import get_recipe
+    from fastdfkd_cli.recipes import get_recipe, with_method
 
+    if name != "auto":
         get_recipe(name)
+    if "method" in overrides:
+        from fastdfkd_cli.config import RunConfig
+
+        with_method(RunConfig(), overrides["method"])
     return name, overrides
 
 

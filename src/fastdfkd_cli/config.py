@@ -1,7 +1,7 @@
 """The whole of a run's settings, as frozen dataclasses that check themselves.
 
 A :class:`RunConfig` has four sections (``synthesis``, ``generator``, ``distillation``, ``schedule``) and a few
-fields of its own. Every field is reachable from the command line as ``--set section.field=value`` and from a YAML
+fields of its own. What ``synthesis`` holds depends on the method (:mod:`fastdfkd_cli.method_config`). Every field is reachable from the command line as ``--set section.field=value`` and from a YAML
 or JSON file with the same nesting. :mod:`fastdfkd_cli.recipes` builds the named ones.
 """
 
@@ -17,121 +17,24 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from fastdfkd_cli.errors import UsageError, brief, did_you_mean
+from fastdfkd_cli.method_config import (
+    SETTINGS,
+    Augmentation,
+    Method,
+    MethodConfig,
+    SynthesisConfig,
+    at_most,
+    non_negative,
+    positive,
+    require,
+)
 
-Method = Literal["fast"]
-Reuse = Literal["none", "sequential", "meta"]
-Images = Literal["generator", "pixel"]
-MetaGradient = Literal["fomaml", "reptile"]
-Latent = Literal["fresh", "meta"]
-Adversarial = Literal["agreement-kl", "jsd"]
-Augmentation = Literal["crop-flip", "resized-crop-flip", "crop", "none"]
 GeneratorKind = Literal["linear", "map"]
-Keep = Literal["best", "last"]
 Average = Literal["none", "ema"]
+Loss = Literal["kl", "l1"]
 
 
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise UsageError(f"{name} must be {expected}, not {brief(value)}.")
-
-
-def _positive(owner: object, section: str, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(value > 0, f"{section}.{name}", value, "greater than 0")
-
-
-def _at_most(owner: object, section: str, limit: int, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(value <= limit, f"{section}.{name}", value, f"{limit:,} or less")
-
-
-def _non_negative(owner: object, section: str, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(value >= 0, f"{section}.{name}", value, "0 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SynthesisConfig:
-    """How a batch of images is made (the paper's Algorithm 1, lines 4 to 14).
-
-    The three switches of the paper's Table 5 are ``reuse``, ``images`` and ``feature_momentum``.
-    """
-
-    #: What a new batch starts from: nothing, the previous batch's result, or the meta-learned initialisation.
-    reuse: Reuse = "meta"
-    #: What the inner loop optimises: a copy of the generator and its latents, or the pixels themselves.
-    images: Images = "generator"
-    #: First-order MAML (the sum of the inner gradients) or Reptile (the parameter difference, Eq. 10).
-    meta_gradient: MetaGradient = "fomaml"
-    #: Factor on Reptile's parameter difference (published runs: 67; the paper's Eq. 10: 1).
-    reptile_scale: float = 67.0
-    #: Images per synthesised batch.
-    batch_size: int = 256
-    #: k, the inner gradient steps per batch.
-    steps: int = 5
-    #: Inner Adam's learning rate for the generator's copy.
-    lr_generator: float = 3e-3
-    #: Inner Adam's learning rate for z (or for the pixels).
-    lr_latent: float = 1e-2
-    #: The meta optimiser's learning rate; unset: ``lr_generator * steps``.
-    meta_lr_generator: float | None = None
-    #: The meta optimiser's learning rate for a meta-learned z.
-    meta_lr_latent: float = 5e-3
-    #: A new z ~ N(0, I) per batch, or one meta-learned batch of z.
-    latent: Latent = "fresh"
-    #: Re-initialise a meta-learned z and the meta optimiser every so many batches (0: never).
-    latent_reset_every: int = 0
-    #: Re-initialise the generator's first layer once, so many rounds after the warm-up (0: never).
-    generator_reset_after: int = 0
-    #: Adam's betas, inner and meta.
-    beta1: float = 0.5
-    beta2: float = 0.999
-    #: Weight of the feature term (Eq. 13 or 15); 0 switches it off.
-    feature_weight: float = 10.0
-    #: Weight of the accumulated statistics in the feature term; 0 is Eq. 13's term without momentum.
-    feature_momentum: float = 0.9
-    #: Weight of the class term.
-    class_weight: float = 0.4
-    #: Weight of the adversarial term; it counts only once the student is being trained.
-    adversarial_weight: float = 1.1
-    #: Eq. 13's negative JSD, or the published runs' negative KL where teacher and student agree.
-    adversarial: Adversarial = "agreement-kl"
-    #: Softening of both outputs in the adversarial term.
-    adversarial_temperature: float = 1.0
-    #: Which images are kept: the iterate with the lowest loss (published runs), or G(z; theta) behind the last step
-    #: (Algorithm 1, line 10).
-    keep: Keep = "best"
-    #: What stands between an image and the teacher.
-    augmentation: Augmentation = "crop-flip"
-
-    def __post_init__(self) -> None:
-        _positive(
-            self, "synthesis", "batch_size", "steps", "lr_generator", "lr_latent", "meta_lr_latent", "reptile_scale"
-        )
-        _positive(self, "synthesis", "adversarial_temperature")
-        if self.meta_lr_generator is not None:
-            _positive(self, "synthesis", "meta_lr_generator")
-        _non_negative(self, "synthesis", "feature_weight", "class_weight", "adversarial_weight")
-        _non_negative(self, "synthesis", "latent_reset_every", "generator_reset_after")
-        _require(self.batch_size >= 2, "synthesis.batch_size", self.batch_size, "2 or more (batch statistics)")
-        _at_most(self, "synthesis", 2**31, "batch_size", "steps")
-        for name in ("beta1", "beta2", "feature_momentum"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"synthesis.{name}", value, "in [0, 1)")
-        _require(
-            self.feature_weight + self.class_weight + self.adversarial_weight > 0,
-            "synthesis.feature_weight, class_weight and adversarial_weight",
-            0,
-            "not all zero (nothing would be synthesised)",
-        )
-
-    @property
-    def meta_lr(self) -> float:
-        """The meta optimiser's learning rate for the generator."""
-        return self.lr_generator * self.steps if self.meta_lr_generator is None else self.meta_lr_generator
+MethodT = TypeVar("MethodT", bound=MethodConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +51,10 @@ class GeneratorConfig:
     upsamplings: int = 2
 
     def __post_init__(self) -> None:
-        _positive(self, "generator", "latent_dim", "upsamplings")
-        _require(self.width >= 2, "generator.width", self.width, "2 or more")
-        _at_most(self, "generator", 2**16, "latent_dim", "width")
-        _require(self.upsamplings <= 6, "generator.upsamplings", self.upsamplings, "6 or less")
+        positive(self, "generator", "latent_dim", "upsamplings")
+        require(self.width >= 2, "generator.width", self.width, "2 or more")
+        at_most(self, "generator", 2**16, "latent_dim", "width")
+        require(self.upsamplings <= 6, "generator.upsamplings", self.upsamplings, "6 or less")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +63,9 @@ class DistillationConfig:
 
     #: Images per KD step.
     batch_size: int = 256
-    #: Softening of both outputs; the loss is multiplied by its square.
+    #: What the student descends on: Eq. 12's KL divergence, or the mean absolute difference of the logits (DFAD's).
+    loss: Loss = "kl"
+    #: Softening of both outputs in the KL divergence, which is multiplied by its square.
     temperature: float = 20.0
     #: SGD's learning rate at the start of the cosine.
     lr: float = 0.2
@@ -182,21 +87,21 @@ class DistillationConfig:
     average_decay: float = 0.999
 
     def __post_init__(self) -> None:
-        _positive(self, "distillation", "batch_size", "temperature", "lr")
-        _non_negative(self, "distillation", "lr_min", "weight_decay", "label_views")
-        _require(self.batch_size >= 2, "distillation.batch_size", self.batch_size, "2 or more (batch statistics)")
-        _at_most(self, "distillation", 2**31, "batch_size", "label_views")
-        _require(self.lr_min <= self.lr, "distillation.lr_min", self.lr_min, f"at most distillation.lr ({self.lr})")
+        positive(self, "distillation", "batch_size", "temperature", "lr")
+        non_negative(self, "distillation", "lr_min", "weight_decay", "label_views")
+        require(self.batch_size >= 2, "distillation.batch_size", self.batch_size, "2 or more (batch statistics)")
+        at_most(self, "distillation", 2**31, "batch_size", "label_views")
+        require(self.lr_min <= self.lr, "distillation.lr_min", self.lr_min, f"at most distillation.lr ({self.lr})")
         for name in ("momentum", "lr_warmup", "average_decay"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"distillation.{name}", value, "in [0, 1)")
-        _require(
+            require(0 <= value < 1, f"distillation.{name}", value, "in [0, 1)")
+        require(
             self.augmentation != "none" or self.label_views <= 1,
             "distillation.label_views",
             self.label_views,
             "at most 1 with distillation.augmentation=none (every variation would be the same)",
         )
-        _require(not self.nesterov or self.momentum > 0, "distillation.nesterov", self.nesterov, "off without momentum")
+        require(not self.nesterov or self.momentum > 0, "distillation.nesterov", self.nesterov, "off without momentum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,18 +123,18 @@ class ScheduleConfig:
     time_budget: float | None = None
 
     def __post_init__(self) -> None:
-        _positive(self, "schedule", "rounds", "batches_per_round")
-        _at_most(self, "schedule", 2**31, "rounds", "batches_per_round", "kd_steps_per_round")
-        _positive(self, "schedule", "kd_steps_per_round")
-        _non_negative(self, "schedule", "warmup_rounds", "final_rounds")
-        _require(
+        positive(self, "schedule", "rounds", "batches_per_round")
+        at_most(self, "schedule", 2**31, "rounds", "batches_per_round", "kd_steps_per_round")
+        positive(self, "schedule", "kd_steps_per_round")
+        non_negative(self, "schedule", "warmup_rounds", "final_rounds")
+        require(
             self.warmup_rounds + self.final_rounds < self.rounds,
             "schedule.warmup_rounds + schedule.final_rounds",
             self.warmup_rounds + self.final_rounds,
             f"less than schedule.rounds ({self.rounds})",
         )
         if self.time_budget is not None:
-            _positive(self, "schedule", "time_budget")
+            positive(self, "schedule", "time_budget")
 
     @property
     def synthesis_rounds(self) -> int:
@@ -251,6 +156,7 @@ class RunConfig:
     """
 
     recipe: str = "custom"
+    #: How images are made.
     method: Method = "fast"
     seed: int = 0
     #: Ask torch for deterministic algorithms; two runs on the CPU then end with the same student, bit for bit.
@@ -259,26 +165,35 @@ class RunConfig:
     pool_size: int = 0
     #: Fresh images for the quality signal at the end (0: no signal).
     quality_images: int = 1024
-    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    #: Of the class that goes with ``method``.
+    synthesis: MethodConfig = field(default_factory=SynthesisConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
-        _non_negative(self, "config", "seed", "pool_size", "quality_images")
-        _require(self.seed < 2**63, "config.seed", self.seed, "below 2**63")
-        _require(
+        if type(self.synthesis) is not SETTINGS[self.method]:
+            raise TypeError(f"{type(self.synthesis).__name__} does not go with the method {self.method}")
+        non_negative(self, "config", "seed", "pool_size", "quality_images")
+        require(self.seed < 2**63, "config.seed", self.seed, "below 2**63")
+        require(
             self.pool_size == 0 or self.pool_size >= self.synthesis.batch_size,
             "config.pool_size",
             self.pool_size,
             f"0 or at least synthesis.batch_size ({self.synthesis.batch_size})",
         )
-        _require(
+        require(
             not (self.deterministic and self.schedule.time_budget is not None),
             "schedule.time_budget",
             self.schedule.time_budget,
             "unset with --deterministic (the clock is not repeatable)",
         )
+
+    def settings_of(self, kind: type[MethodT]) -> MethodT:
+        """The section ``synthesis``, as the class that its method knows it by."""
+        if not isinstance(self.synthesis, kind):
+            raise TypeError(f"the method {self.method} has no {kind.__name__}")
+        return self.synthesis
 
     @property
     def synthetic_images(self) -> int:
@@ -291,12 +206,12 @@ class RunConfig:
         return self.schedule.kd_rounds * self.schedule.kd_steps_per_round
 
 
-ConfigT = TypeVar("ConfigT")
-_SECTIONS: dict[str, type] = {
-    "synthesis": SynthesisConfig,
-    "generator": GeneratorConfig,
-    "distillation": DistillationConfig,
-    "schedule": ScheduleConfig,
+#: The classes that a section may have, ``synthesis`` one for each method.
+_SECTIONS: dict[str, tuple[type, ...]] = {
+    "synthesis": tuple(SETTINGS.values()),
+    "generator": (GeneratorConfig,),
+    "distillation": (DistillationConfig,),
+    "schedule": (ScheduleConfig,),
 }
 
 
@@ -306,16 +221,19 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def field_names() -> Iterator[str]:
-    """Yield every settable key, dotted: ``seed``, ``synthesis.steps``, ..."""
+    """Yield every settable key, dotted: ``seed``, ``synthesis.steps``, ...; of ``synthesis``, those of all methods."""
     for item in dataclasses.fields(RunConfig):
         if item.name in _SECTIONS:
-            yield from (f"{item.name}.{inner.name}" for inner in dataclasses.fields(_SECTIONS[item.name]))
+            found = (inner.name for owner in _SECTIONS[item.name] for inner in dataclasses.fields(owner))
+            yield from (f"{item.name}.{name}" for name in dict.fromkeys(found))
         else:
             yield item.name
 
 
 def from_dict(values: Mapping[str, Any], *, base: RunConfig | None = None) -> RunConfig:
     """Return ``base`` (default: the defaults) with ``values``, nested or dotted, put in.
+
+    Another ``method`` than the base's brings its own section ``synthesis``, with the base's batch size.
 
     Raises:
         UsageError: an unknown key (with the nearest ones), a value of the wrong type or out of range.
@@ -376,20 +294,30 @@ def _unknown(key: str, known: list[str]) -> str:
 
 def _apply(config: RunConfig, flat: Mapping[str, Any]) -> RunConfig:
     known = list(field_names())
+    flat = dict(flat)
+    if "method" in flat:
+        method = _coerce("method", flat.pop("method"), typing.get_type_hints(RunConfig)["method"])
+        if method != config.method:
+            section = SETTINGS[method](batch_size=config.synthesis.batch_size)
+            config = dataclasses.replace(config, method=method, synthesis=section)
     top: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         if key not in known:
             raise UsageError(_unknown(key, known))
-        section, _, name = key.rpartition(".")
-        owner = _SECTIONS[section] if section else RunConfig
-        checked = _coerce(key, value, typing.get_type_hints(owner)[name])
-        if section:
-            sections.setdefault(section, {})[name] = checked
+        section_name, _, name = key.rpartition(".")
+        owner = type(getattr(config, section_name)) if section_name else RunConfig
+        hints = typing.get_type_hints(owner)
+        if name not in hints:
+            own = ", ".join(item.name for item in dataclasses.fields(owner))
+            raise UsageError(f"{key} is no setting of the method {config.method}, which has {own}.")
+        checked = _coerce(key, value, hints[name])
+        if section_name:
+            sections.setdefault(section_name, {})[name] = checked
         else:
             top[name] = checked
-    for section, changes in sections.items():
-        top[section] = dataclasses.replace(getattr(config, section), **changes)
+    for section_name, changes in sections.items():
+        top[section_name] = dataclasses.replace(getattr(config, section_name), **changes)
     return dataclasses.replace(config, **top)
 
 
@@ -430,6 +358,7 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
 __all__ = [
     "DistillationConfig",
     "GeneratorConfig",
+    "MethodConfig",
     "RunConfig",
     "ScheduleConfig",
     "SynthesisConfig",

@@ -29,6 +29,7 @@ from fastdfkd_cli.acceleration import (
     checkpointed,
     statistics_held,
 )
+from fastdfkd_cli.augment import augment
 from fastdfkd_cli.config import DistillationConfig, RunConfig
 from fastdfkd_cli.distributed import Agreement, largest, mean_, of_leader
 from fastdfkd_cli.errors import FastDFKDError, is_out_of_memory
@@ -155,12 +156,15 @@ def soft_labels(teacher: nn.Module, images: Tensor, amp: bool) -> Tensor:
         return teacher(images)
 
 
-def label_views(config: DistillationConfig, *, images: int, kd_steps: int) -> int:
+def label_views(config: DistillationConfig, *, images: int, kd_steps: int, feeds: bool = False) -> int:
     """How many variations of each pool image the teacher labels once, for all KD steps; 0: it labels what is drawn.
 
     Without augmentation an image always looks the same: its one label is exact, and costs nothing but memory. In
     either case it has to pay: where there are fewer draws than variations to label, labelling draws is cheaper.
+    Of a method that ``feeds`` the student, no image is seen twice.
     """
+    if feeds:
+        return 0
     views = 1 if config.augmentation == "none" else config.label_views
     return views if kd_steps * config.batch_size > views * images else 0
 
@@ -290,7 +294,7 @@ class Student:
         self.optimizer.zero_grad(set_to_none=True)
         with checkpointed(self.net) if self.acceleration.checkpoint else nullcontext():
             student_logits = self._answer(images)
-            loss = losses.distillation(teacher_logits, student_logits, self.config.temperature)
+            loss = self._loss(teacher_logits, student_logits)
             with statistics_held(self.net) if self.acceleration.checkpoint else nullcontext():
                 loss.backward()
         agreement = (teacher_logits.argmax(1) == student_logits.argmax(1)).float().mean()
@@ -298,6 +302,11 @@ class Student:
             mean_(self.group, [loss.detach(), agreement, *self._gradients()])
         self.optimizer.step()
         return loss.detach(), agreement
+
+    def _loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+        if self.config.loss == "l1":
+            return losses.logit_l1(teacher_logits, student_logits)
+        return losses.distillation(teacher_logits, student_logits, self.config.temperature)
 
     def _gradients(self) -> list[Tensor]:
         """One of each weight that is trained, as all processes send the same: 0 where a weight took no part."""
@@ -474,13 +483,18 @@ class Distillation:
             schedule.final_rounds,
             schedule.batches_per_round,
             schedule.kd_steps_per_round,
-            config.synthesis.generator_reset_after,
+            config.synthesis.renewal,
             now=self._now,
         )
         self._given = int(largest(group, len(self.pool))[0])  # parts of a set may differ by an image
         made = config.synthetic_images if synthesizer is not None else self._given
         #: Variations of each pool image that are labelled once; 0: what is drawn is labelled.
-        self.label_views = label_views(config.distillation, images=made, kd_steps=self._total_steps)
+        self.label_views = label_views(
+            config.distillation,
+            images=made,
+            kd_steps=self._total_steps,
+            feeds=synthesizer is not None and config.synthesis.feeds,
+        )
         self._last_record = -math.inf if group.several else 0.0
         self._batch_losses: dict[str, Tensor] = {}
         self._step_figures: dict[str, Tensor | float] = {}
@@ -629,11 +643,19 @@ class Distillation:
         self._distilling = True
         self._label_new_images()
         lr = self.student.set_learning_rate(self.clock.distilled(self.steps_taken, self._total_steps))
-        images, logits = self.pool.sample(config.batch_size, self.rng, config.augmentation)
+        images, logits = self._training_batch(self.rng)
         teacher = self.teacher if logits is None else logits
         loss, agreement = self.student.learn(teacher, images, self.steps_taken)
         self.steps_taken += 1
         self._step_figures = {"loss": loss, "agreement": agreement, "lr": lr}
+
+    def _training_batch(self, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Images for a KD step: the method's own, or some of the pool with their soft labels where those are kept."""
+        config = self.config.distillation
+        made = self.synthesizer.training_batch(config.batch_size) if self.synthesizer is not None else None
+        if made is not None:
+            return augment(made, rng, config.augmentation), None
+        return self.pool.sample(config.batch_size, rng, config.augmentation)
 
     def _label_new_images(self) -> None:
         """Have the teacher label what came into the pool since the last time, where its labels are kept.
@@ -692,13 +714,12 @@ class Distillation:
 
     def time_kd_step(self) -> float:
         """Seconds of one KD step, measured on steps that are taken back."""
-        config = self.config.distillation
         rng = torch.Generator().manual_seed(0)
         seconds = math.inf
         with self.student.tried():
             for _ in range(3 + (WARM_UP + 1 if self.student.acceleration.graphs else 0)):
                 began = time.perf_counter()
-                images, logits = self.pool.sample(config.batch_size, rng, config.augmentation)
+                images, logits = self._training_batch(rng)
                 self.student.learn(self.teacher if logits is None else logits, images, 0)
                 synchronize(self.device)
                 seconds = min(seconds, time.perf_counter() - began)

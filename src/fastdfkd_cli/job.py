@@ -28,7 +28,7 @@ from fastdfkd_cli.models.files import unwrapped
 from fastdfkd_cli.plan import distillation_plan, synthesis_plan
 from fastdfkd_cli.pool import pool_bytes_per_image
 from fastdfkd_cli.processes import ALONE, Group
-from fastdfkd_cli.recipes import get_recipe
+from fastdfkd_cli.recipes import get_recipe, with_method
 from fastdfkd_cli.runtime import available_memory, default_amp, describe_device, resolve_device
 from fastdfkd_cli.synthesis import burn_in_batches
 
@@ -116,7 +116,9 @@ def prepare(
     loaded.module.eval().requires_grad_(False)
     settings = config if config is not None else get_recipe(recipe).config(loaded.input.size)
     settings = override(settings, overrides or {})
-    say(f"recipe {settings.recipe}, seed {settings.seed}")
+    _check_method(settings, machine.group, student is not None or trains, given)
+    method = f"method {settings.method}, " if settings.method != "fast" else ""
+    say(f"{method}recipe {settings.recipe}, seed {settings.seed}")
     if not given or settings.quality_images:
         _check_synthesis(settings, loaded, machine.device)
     pupil = None
@@ -148,6 +150,8 @@ def _opponent(student: Model, options: ModelOptions, teacher: LoadedModel) -> Lo
 def override(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
     """Put settings on a recipe, then a budget: ``rounds``, or ``images`` for the rounds that make so many."""
     settings = dict(overrides)
+    if "method" in settings:
+        config = with_method(config, settings.pop("method"))
     images, rounds = settings.pop("images", None), settings.pop("rounds", None)
     before = config
     config = from_dict({k: v for k, v in settings.items() if k != "schedule.rounds"}, base=_loose(config, settings))
@@ -184,11 +188,9 @@ def _with_rounds(config: RunConfig, rounds: Any, before: RunConfig, stated: Mapp
     values = {
         "schedule.warmup_rounds": (config.schedule.warmup_rounds, before.schedule.warmup_rounds),
         "schedule.final_rounds": (config.schedule.final_rounds, before.schedule.final_rounds),
-        "synthesis.generator_reset_after": (
-            config.synthesis.generator_reset_after,
-            before.synthesis.generator_reset_after,
-        ),
     }
+    if before.synthesis.renewal:
+        values["synthesis.generator_reset_after"] = (config.synthesis.renewal, before.synthesis.renewal)
     # Checked as any other value, before it is used as a number.
     probe = {"schedule.rounds": rounds, "schedule.warmup_rounds": 0, "schedule.final_rounds": 0}
     count = from_dict(probe, base=config).schedule.rounds
@@ -219,7 +221,7 @@ def divided(config: RunConfig, processes: int) -> RunConfig:
     rounds = min(max(share(schedule.rounds), synthesis, distillation), synthesis + distillation - 1)
     batches = schedule.synthesis_rounds * schedule.batches_per_round
     steps = schedule.kd_rounds * schedule.kd_steps_per_round
-    after = config.synthesis.generator_reset_after
+    after = config.synthesis.renewal
     return from_dict(
         {
             "pool_size": pool,
@@ -228,21 +230,35 @@ def divided(config: RunConfig, processes: int) -> RunConfig:
             "schedule.final_rounds": rounds - synthesis,
             "schedule.batches_per_round": max(round(batches / processes / synthesis), 1),
             "schedule.kd_steps_per_round": max(round(steps / processes / distillation), 1),
-            "synthesis.generator_reset_after": share(after) if after else 0,
+            **({"synthesis.generator_reset_after": share(after)} if after else {}),
         },
         base=config,
     )
 
 
+def _check_method(config: RunConfig, group: Group, has_student: bool, given: bool) -> None:
+    """Refuse what a method cannot do, before anything is loaded."""
+    if given:
+        return
+    if config.synthesis.needs_student and not has_student:
+        raise UsageError(
+            f"The method {config.method} makes its images against a student: name one with --student, whose weights it "
+            "has already, or use distill, which trains it meanwhile."
+        )
+    if group.several and not config.synthesis.scales:
+        raise UsageError(f"The method {config.method} works in one process: run it without torchrun.")
+
+
 def _check_synthesis(config: RunConfig, teacher: LoadedModel, device: torch.device) -> None:
-    if config.deterministic and device.type == "cuda" and config.synthesis.augmentation == "resized-crop-flip":
+    augmentation = getattr(config.synthesis, "augmentation", "none")
+    if config.deterministic and device.type == "cuda" and augmentation == "resized-crop-flip":
         raise UsageError(
             "--deterministic: torch has no repeatable derivative of a resized crop on CUDA. Give "
             "--set synthesis.augmentation=crop-flip, or run on the CPU."
         )
     if teacher.input.size[0] > 4:
         raise UsageError(f"{teacher.name} takes {teacher.input.size[0]} channels; images of 1 to 4 can be made.")
-    if config.synthesis.feature_weight > 0 and not batch_norm_layers(teacher.module):
+    if config.synthesis.needs_statistics and not batch_norm_layers(teacher.module):
         raise UsageError(
             f"{teacher.name} has no BatchNorm layers, whose statistics the feature term needs. Choose another teacher, "
             "or switch the term off: --set synthesis.feature_weight=0 (images will be poorer)."
@@ -260,7 +276,7 @@ def bounded_pool(job: Job, say: OnMessage, *, agreed: bool = True) -> RunConfig:
     distillation = config.distillation
     each = pool_bytes_per_image(
         job.size,
-        views=label_views(distillation, images=config.synthetic_images, kd_steps=config.kd_steps),
+        views=label_views(distillation, images=config.synthetic_images, kd_steps=config.kd_steps, feeds=config.synthesis.feeds),
         num_classes=job.teacher.num_classes,
         augmentation=distillation.augmentation,
         amp=job.machine.amp,
@@ -331,7 +347,10 @@ def accelerated(
         available = -largest(job.machine.group, -float(job.machine.available_memory()))[0]
         needed = plan.get("synthesis_memory_bytes", plan["memory_bytes"])
         micro_batch = micro_batch_for(needed, available, job.config.synthesis.batch_size)
-        if micro_batch:
+        if micro_batch and not job.config.synthesis.splits:
+            micro_batch = 0
+            say(f"a batch may need {needed / 2**30:.1f} GiB: lower synthesis.batch_size if memory runs out")
+        elif micro_batch:
             say(
                 f"a whole batch would need {needed / 2**30:.1f} GiB: teacher and student see {micro_batch} images at "
                 "a time in synthesis, at the cost of one more pass of the teacher"

@@ -60,6 +60,11 @@ def distillation(teacher_logits: Tensor, student_logits: Tensor, temperature: fl
     return temperature**2 * kl_divergence(teacher_logits, student_logits, temperature).mean()
 
 
+def logit_l1(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """D(T, S; x) = |f_t(x) - f_s(x)|_1 / n over the logits of n classes (Fang et al., DFAD, 2019, Eq. 3)."""
+    return (teacher_logits.float() - student_logits.float()).abs().mean()
+
+
 ADVERSARIAL = {"agreement-kl": adversarial_agreement_kl, "jsd": adversarial_jsd}
 
 __all__ = [
@@ -68,6 +73,7 @@ __all__ = [
     "adversarial_jsd",
     "classification",
     "distillation",
+    "logit_l1",
     "jensen_shannon",
     "kl_divergence",
 ]

@@ -113,8 +113,9 @@ def timed_steps(
         costs["kd_step"] = seconds * distillation.batch_size / kd_batch
         costs["kd_memory"] = grown() * distillation.batch_size / kd_batch
     if synthesises:
-        steps = min(synthesis.steps, 2)
-        probe = replace(config, pool_size=0, synthesis=replace(synthesis, batch_size=batch, steps=steps))
+        steps = min(synthesis.inner_steps, 2)
+        fewer = {"steps": steps} if hasattr(synthesis, "steps") else {}
+        probe = replace(config, pool_size=0, synthesis=replace(synthesis, batch_size=batch, **fewer))
         _forget_peak(device)
         method = build_method(
             probe, teacher, image_size=image_size, num_classes=num_classes, device=device, amp=amp, seed=config.seed
@@ -131,7 +132,7 @@ def timed_steps(
             ) from None
         finally:
             method.close()
-        costs["synthesis_batch"] = seconds * synthesis.steps / steps * synthesis.batch_size / batch
+        costs["synthesis_batch"] = seconds * synthesis.inner_steps / steps * synthesis.batch_size / batch
         costs["synthesis_memory"] = grown() * synthesis.batch_size / batch
     return costs
 
@@ -206,7 +207,8 @@ def distillation_plan(
     batches = schedule.synthesis_rounds * schedule.batches_per_round if synthesises else 0
     kd_steps = config.kd_steps if synthesises else schedule.rounds * schedule.kd_steps_per_round
     images = pool_images if pool_images is not None else config.synthetic_images
-    views = label_views(config.distillation, images=images, kd_steps=kd_steps)
+    feeds = synthesises and config.synthesis.feeds
+    views = label_views(config.distillation, images=images, kd_steps=kd_steps, feeds=feeds)
     if views and not synthesises and schedule.time_budget is not None:
         # As the run itself does: the budget decides how often an image is drawn, and so whether labels pay.
         costs = timed(views=0)
@@ -242,7 +244,7 @@ def distillation_plan(
         "teacher": vars(model_size(teacher, image_size)),
         "student": vars(model_size(student, image_size)),
         "synthetic_images": images,
-        "inner_steps": (images // config.synthesis.batch_size) * config.synthesis.steps if synthesises else 0,
+        "inner_steps": (images // config.synthesis.batch_size) * config.synthesis.inner_steps if synthesises else 0,
         "kd_steps": kd_steps,
         "memory_bytes": int(before + max(costs["synthesis_memory"], costs["kd_memory"]) + pool_bytes),
         "synthesis_memory_bytes": int(before + costs["synthesis_memory"] + pool_bytes) if synthesises else 0,
@@ -289,7 +291,7 @@ def synthesis_plan(
         **({"student": vars(model_size(student, image_size))} if student is not None else {}),
         "synthetic_images": num_images,
         "burn_in_batches": burn_in,
-        "inner_steps": batches * config.synthesis.steps,
+        "inner_steps": batches * config.synthesis.inner_steps,
         "memory_bytes": int(before + costs["synthesis_memory"]),
         "disk_bytes": num_images * bytes_per_image,
         "seconds": {

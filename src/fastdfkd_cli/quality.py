@@ -19,6 +19,7 @@ from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.losses import jensen_shannon
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.pool import to_float
+from fastdfkd_cli.recipes import with_method
 from fastdfkd_cli.records import Record
 
 #: The signal's images come from ``seed + QUALITY_SEED``, so that no run shares them by accident.
@@ -75,6 +76,8 @@ class QualitySignal:
         device: torch.device,
         amp: bool,
     ) -> None:
+        # Of whatever method the student is: images of one kind, so that signals can be compared.
+        config = with_method(config, "fast")
         self.config = config
         self.teacher = teacher
         self.student = student

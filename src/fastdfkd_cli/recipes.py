@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fastdfkd_cli.config import (
     DistillationConfig,
@@ -16,8 +17,10 @@ from fastdfkd_cli.config import (
     RunConfig,
     ScheduleConfig,
     SynthesisConfig,
+    from_dict,
 )
-from fastdfkd_cli.errors import UsageError, did_you_mean
+from fastdfkd_cli.errors import UsageError, brief, did_you_mean
+from fastdfkd_cli.method_config import SETTINGS
 
 ImageSize = tuple[int, int, int]
 #: The longest side, in pixels, up to which `auto` takes the paper's CIFAR settings.
@@ -135,6 +138,43 @@ def _imagenet_row(student: str) -> Recipe:
         description=f"resnet50 to {student}, k = 50: {accuracy} % in the paper; 140,000 images, 400,000 KD steps.",
         build=lambda size: imagenet(size, lr=lr, adversarial=adversarial),
     )
+
+
+# -- the other methods ------------------------------------------------------------------------------------------
+
+#: What a method's definition says beyond its own section, by dotted key.
+_BEYOND: dict[str, dict[str, Any]] = {
+    "dfad": {"distillation.loss": "l1", "distillation.augmentation": "none"},
+}
+#: KD steps for each step of the generator, of methods whose student learns from the generator itself.
+_KD_STEPS_PER_STEP = {"dfad": 5}
+
+
+def with_method(config: RunConfig, method: str) -> RunConfig:
+    """The settings of another method with ``config``'s budget: its batch sizes, KD steps, networks and student.
+
+    A method whose student learns from the generator itself takes its turns as it was published: so many KD steps for
+    each step of the generator, and no warm-up. ``auto`` with a method is what was published for CIFAR.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    if not isinstance(method, str) or method not in SETTINGS:
+        raise UsageError(f"Unknown method {brief(method)}.{did_you_mean(method, SETTINGS)} There are {', '.join(SETTINGS)}.")
+    if method == config.method:
+        return config
+    changes: dict[str, Any] = {"method": method, **_BEYOND.get(method, {})}
+    turns = _KD_STEPS_PER_STEP.get(method)
+    if turns is not None:
+        changes |= {
+            "pool_size": config.synthesis.batch_size,  # for the pictures of a report alone
+            "schedule.rounds": max(config.kd_steps // turns, 1),
+            "schedule.warmup_rounds": 0,
+            "schedule.final_rounds": 0,
+            "schedule.batches_per_round": 1,
+            "schedule.kd_steps_per_round": turns,
+        }
+    return from_dict(changes, base=config)
 
 
 # -- our own, for a CPU -----------------------------------------------------------------------------------------
@@ -297,4 +337,4 @@ def get_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-__all__ = ["RECIPES", "SMALL_IMAGE", "Recipe", "get_recipe"]
+__all__ = ["RECIPES", "SMALL_IMAGE", "Recipe", "get_recipe", "with_method"]

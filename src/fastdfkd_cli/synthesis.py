@@ -28,15 +28,13 @@ from fastdfkd_cli.pool import to_float
 from fastdfkd_cli.records import Record
 from fastdfkd_cli.runtime import describe_device, versions
 
-#: Batches thrown away by a recipe without a warm-up.
-BURN_IN = 10
 #: Seconds between two records.
 RECORD_EVERY = 1.0
 
 
 def burn_in_batches(config: RunConfig) -> int:
-    """Batches that are made and thrown away first: the recipe's warm-up, or 10 where it has none (Table 2's rows)."""
-    return config.schedule.warmup_rounds * config.schedule.batches_per_round or BURN_IN
+    """Batches that are made and thrown away first: the recipe's warm-up, or what the method asks for."""
+    return config.schedule.warmup_rounds * config.schedule.batches_per_round or config.synthesis.burn_in
 
 
 def header(

@@ -5,7 +5,7 @@ What an engine asks of a method is the :class:`Synthesizer` protocol and nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastdfkd_cli.acceleration import EAGER, Acceleration
 from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.methods.base import SyntheticBatch
+from fastdfkd_cli.methods.dfad import DFAD
 from fastdfkd_cli.methods.fast_meta import FastMeta
 from fastdfkd_cli.processes import ALONE, Group
 
@@ -32,6 +33,10 @@ class Synthesizer(Protocol):
 
     def synthesize(self, student: nn.Module | None = None) -> SyntheticBatch:
         """Make one batch; with a student (images in [0, 1] -> logits), the adversarial term takes part."""
+        ...
+
+    def training_batch(self, count: int) -> Tensor | None:
+        """Images ``[count, C, H, W]`` in [0, 1] for one KD step, made now; None where those of the pool serve."""
         ...
 
     def renew(self) -> None:
@@ -62,7 +67,7 @@ class Synthesizer(Protocol):
         ...
 
 
-METHODS: dict[str, Callable[..., Synthesizer]] = {"fast": FastMeta}
+METHODS: dict[str, type[Synthesizer]] = {"fast": FastMeta, "dfad": DFAD}
 
 
 def build_method(

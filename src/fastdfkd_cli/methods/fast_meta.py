@@ -24,7 +24,7 @@ from fastdfkd_cli import losses
 from fastdfkd_cli.acceleration import EAGER, Acceleration, Captured, to_device
 from fastdfkd_cli.augment import apply_augmentation, draw_augmentation
 from fastdfkd_cli.bn_stats import BatchNormStatistics, moments_of_all
-from fastdfkd_cli.config import RunConfig
+from fastdfkd_cli.config import RunConfig, SynthesisConfig
 from fastdfkd_cli.distributed import sum_
 from fastdfkd_cli.errors import is_out_of_memory
 from fastdfkd_cli.generators import Generator, Pixels
@@ -60,7 +60,7 @@ class FastMeta:
         acceleration: Acceleration = EAGER,
         group: Group = ALONE,
     ) -> None:
-        self.config = config.synthesis
+        self.config = config.settings_of(SynthesisConfig)
         self.generator_config = config.generator
         self.teacher = teacher
         self.image_size = image_size
@@ -91,8 +91,8 @@ class FastMeta:
         if self._keeps_latent:
             self.shared_latent = self._new_latent()
         self.meta_optimizer = self._new_meta_optimizer()
-        self.z = torch.zeros(config.synthesis.batch_size, *self.shared.latent_shape, device=device).requires_grad_()
-        self.labels = torch.zeros(config.synthesis.batch_size, dtype=torch.int64, device=device)
+        self.z = torch.zeros(self.config.batch_size, *self.shared.latent_shape, device=device).requires_grad_()
+        self.labels = torch.zeros(self.config.batch_size, dtype=torch.int64, device=device)
         self.draws = [draws.to(device) for draws in self._draw_augmentations(torch.Generator())]
         self.inner_optimizer = self._new_inner_optimizer()
         self.student: nn.Module | None = None
@@ -456,6 +456,10 @@ class FastMeta:
             for state in self.meta_optimizer.state.values() if self.meta_optimizer is not None else ():
                 for value in state.values():
                     value.zero_()
+
+    def training_batch(self, count: int) -> Tensor | None:
+        """None: the student learns from the pool, on all batches so far."""
+        return None
 
     def renew(self) -> None:
         """Draw the shared generator's first layer anew (pixels have none)."""

@@ -1,0 +1,214 @@
+"""What each method of synthesis is set by: the section ``synthesis`` of a run's settings, a class for each method.
+
+Defaults are those that were published for 32x32 images (see docs/methods.md); a class has a field for what its method
+reads, and for nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from fastdfkd_cli.errors import UsageError, brief
+
+Method = Literal["fast", "dfad"]
+Reuse = Literal["none", "sequential", "meta"]
+Images = Literal["generator", "pixel"]
+MetaGradient = Literal["fomaml", "reptile"]
+Latent = Literal["fresh", "meta"]
+Adversarial = Literal["agreement-kl", "jsd"]
+Augmentation = Literal["crop-flip", "resized-crop-flip", "crop", "none"]
+Keep = Literal["best", "last"]
+
+
+def require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise UsageError(f"{name} must be {expected}, not {brief(value)}.")
+
+
+def positive(owner: object, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        require(value > 0, f"{section}.{name}", value, "greater than 0")
+
+
+def at_most(owner: object, section: str, limit: int, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        require(value <= limit, f"{section}.{name}", value, f"{limit:,} or less")
+
+
+def non_negative(owner: object, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        require(value >= 0, f"{section}.{name}", value, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What every method has; the others are its own."""
+
+    #: Whether it makes nothing without a student to play against.
+    needs_student: ClassVar[bool] = False
+    #: Whether the student learns from images that are made for each KD step, and not from a pool.
+    feeds: ClassVar[bool] = False
+    #: Whether several processes can carry it out together.
+    scales: ClassVar[bool] = False
+    #: Whether a batch that does not fit the memory can be made in parts.
+    splits: ClassVar[bool] = False
+    #: Batches that a set is better without, where the recipe has no warm-up.
+    burn_in: ClassVar[int] = 10
+
+    #: Images per synthesised batch.
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 2, "synthesis.batch_size", self.batch_size, "2 or more (batch statistics)")
+        at_most(self, "synthesis", 2**31, "batch_size")
+
+    @property
+    def inner_steps(self) -> int:
+        """Gradient steps for each batch."""
+        return int(getattr(self, "steps", 1))
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the teacher must have BatchNorm layers."""
+        return float(getattr(self, "feature_weight", 0.0)) > 0
+
+    @property
+    def renewal(self) -> int:
+        """Rounds after the warm-up until the generator's one renewal (0: never)."""
+        return int(getattr(self, "generator_reset_after", 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesisConfig(MethodConfig):
+    """FastDFKD, ``--method fast``: how a batch of images is made (the paper's Algorithm 1, lines 4 to 14).
+
+    The three switches of the paper's Table 5 are ``reuse``, ``images`` and ``feature_momentum``.
+    """
+
+    scales: ClassVar[bool] = True
+    splits: ClassVar[bool] = True
+
+    #: What a new batch starts from: nothing, the previous batch's result, or the meta-learned initialisation.
+    reuse: Reuse = "meta"
+    #: What the inner loop optimises: a copy of the generator and its latents, or the pixels themselves.
+    images: Images = "generator"
+    #: First-order MAML (the sum of the inner gradients) or Reptile (the parameter difference, Eq. 10).
+    meta_gradient: MetaGradient = "fomaml"
+    #: Factor on Reptile's parameter difference (published runs: 67; the paper's Eq. 10: 1).
+    reptile_scale: float = 67.0
+    #: k, the inner gradient steps per batch.
+    steps: int = 5
+    #: Inner Adam's learning rate for the generator's copy.
+    lr_generator: float = 3e-3
+    #: Inner Adam's learning rate for z (or for the pixels).
+    lr_latent: float = 1e-2
+    #: The meta optimiser's learning rate; unset: ``lr_generator * steps``.
+    meta_lr_generator: float | None = None
+    #: The meta optimiser's learning rate for a meta-learned z.
+    meta_lr_latent: float = 5e-3
+    #: A new z ~ N(0, I) per batch, or one meta-learned batch of z.
+    latent: Latent = "fresh"
+    #: Re-initialise a meta-learned z and the meta optimiser every so many batches (0: never).
+    latent_reset_every: int = 0
+    #: Re-initialise the generator's first layer once, so many rounds after the warm-up (0: never).
+    generator_reset_after: int = 0
+    #: Adam's betas, inner and meta.
+    beta1: float = 0.5
+    beta2: float = 0.999
+    #: Weight of the feature term (Eq. 13 or 15); 0 switches it off.
+    feature_weight: float = 10.0
+    #: Weight of the accumulated statistics in the feature term; 0 is Eq. 13's term without momentum.
+    feature_momentum: float = 0.9
+    #: Weight of the class term.
+    class_weight: float = 0.4
+    #: Weight of the adversarial term; it counts only once the student is being trained.
+    adversarial_weight: float = 1.1
+    #: Eq. 13's negative JSD, or the published runs' negative KL where teacher and student agree.
+    adversarial: Adversarial = "agreement-kl"
+    #: Softening of both outputs in the adversarial term.
+    adversarial_temperature: float = 1.0
+    #: Which images are kept: the iterate with the lowest loss (published runs), or G(z; theta) behind the last step
+    #: (Algorithm 1, line 10).
+    keep: Keep = "best"
+    #: What stands between an image and the teacher.
+    augmentation: Augmentation = "crop-flip"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(
+            self, "synthesis", "steps", "lr_generator", "lr_latent", "meta_lr_latent", "reptile_scale"
+        )
+        positive(self, "synthesis", "adversarial_temperature")
+        if self.meta_lr_generator is not None:
+            positive(self, "synthesis", "meta_lr_generator")
+        non_negative(self, "synthesis", "feature_weight", "class_weight", "adversarial_weight")
+        non_negative(self, "synthesis", "latent_reset_every", "generator_reset_after")
+        at_most(self, "synthesis", 2**31, "steps")
+        for name in ("beta1", "beta2", "feature_momentum"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"synthesis.{name}", value, "in [0, 1)")
+        require(
+            self.feature_weight + self.class_weight + self.adversarial_weight > 0,
+            "synthesis.feature_weight, class_weight and adversarial_weight",
+            0,
+            "not all zero (nothing would be synthesised)",
+        )
+
+    @property
+    def meta_lr(self) -> float:
+        """The meta optimiser's learning rate for the generator."""
+        return self.lr_generator * self.steps if self.meta_lr_generator is None else self.meta_lr_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneGeneratorConfig(MethodConfig):
+    """What methods have in common that train one generator over the whole run."""
+
+    feeds: ClassVar[bool] = True
+    burn_in: ClassVar[int] = 200
+
+    #: Adam's learning rate for the generator.
+    lr_generator: float = 1e-3
+    #: Adam's betas.
+    beta1: float = 0.5
+    beta2: float = 0.999
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "synthesis", "lr_generator")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"synthesis.{name}", value, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DFADConfig(OneGeneratorConfig):
+    """DFAD, ``--method dfad``."""
+
+    needs_student: ClassVar[bool] = True
+
+    #: Descend on -log(D + 1) (Eq. 5) instead of -D, so that a large discrepancy pulls less.
+    log_discrepancy: bool = False
+
+
+#: The section's class by method.
+SETTINGS: dict[str, type[MethodConfig]] = {"fast": SynthesisConfig, "dfad": DFADConfig}
+
+__all__ = [
+    "SETTINGS",
+    "Adversarial",
+    "Augmentation",
+    "DFADConfig",
+    "Method",
+    "MethodConfig",
+    "OneGeneratorConfig",
+    "SynthesisConfig",
+    "at_most",
+    "non_negative",
+    "positive",
+    "require",
+]
