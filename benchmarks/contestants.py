@@ -104,7 +104,7 @@ def pool_pictures(setup: Setup, size: tuple[int, int, int]) -> Iterator[Tensor]:
 
 def counted(config: RunConfig) -> RunConfig:
     """The same computation for one inner step of few images: operations grow with both in proportion."""
-    synthesis = dataclasses.replace(config.synthesis, batch_size=COUNTED, steps=1, meta_lr_generator=1e-3)
+    synthesis = dataclasses.replace(config.fast, batch_size=COUNTED, steps=1, meta_lr_generator=1e-3)
     return dataclasses.replace(config, synthesis=synthesis)
 
 

@@ -391,7 +391,7 @@ def needed_by_inner_step(
     latents: int,
 ) -> Spent:
     """What one inner step must spend; ``weights`` are the generator's, ``latents`` the numbers in z."""
-    synthesis = config.synthesis
+    synthesis = config.fast
     steps = synthesis.steps
     parts = [
         passes(generator, forward=1 + (1 / steps if synthesis.keep == "last" else 0), in_input=True, in_weight=True),
@@ -629,11 +629,11 @@ def measure(job: Job, *, repeats: int) -> dict[str, Any]:
     """Profile one synthesised batch and one KD step of a job, between two rounds of the machine's peaks."""
     assert job.student is not None
     device, amp = job.machine.device, job.machine.amp
-    batch, steps = job.config.synthesis.batch_size, job.config.synthesis.steps
+    batch, steps = job.config.fast.batch_size, job.config.fast.steps
     config = replace(job.config, pool_size=4 * batch)
     teacher, student = job.machine.place(job.teacher), job.machine.place(job.student)
 
-    pixels = config.synthesis.images == "pixel"
+    pixels = config.fast.images == "pixel"
     generator: Generator | Pixels = Pixels(job.size) if pixels else Generator(config.generator, job.size)
     generator = generator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     z = generator.sample_latent(batch, torch.Generator().manual_seed(0)).to(device)

@@ -113,7 +113,7 @@ class PlainSynthesizer:
         device: torch.device,
         seed: int = 0,
     ) -> None:
-        s = config.synthesis
+        s = config.fast
         if (s.reuse, s.latent, s.images, s.keep) != ("meta", "fresh", "generator", "best"):
             raise ValueError("the plain version knows the paper's CIFAR settings alone")
         self.config, self.image_size, self.num_classes, self.device = s, image_size, num_classes, device

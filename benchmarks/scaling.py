@@ -107,7 +107,7 @@ def networks(setting: Setting) -> tuple[nn.Module, nn.Module]:
 
 def synthesizer(setting: Setting, teacher: nn.Module, group: Group, *, batch: int, steps: int) -> FastMeta:
     config = setting.config()
-    config = replace(config, synthesis=replace(config.synthesis, batch_size=batch, steps=steps))
+    config = replace(config, synthesis=replace(config.fast, batch_size=batch, steps=steps))
     size = (3, setting.size, setting.size)
     return FastMeta(
         config, teacher, image_size=size, num_classes=setting.classes, device=CPU, amp=False, seed=0, group=group

@@ -54,12 +54,13 @@ import tiny
 from fastdfkd_cli import api, cli, nets_cifar
 from fastdfkd_cli.__main__ import main as command
 from fastdfkd_cli.checkpoint import Checkpoints
-from fastdfkd_cli.config import RunConfig, field_names, from_dict, to_dict
+from fastdfkd_cli.config import field_names, from_dict, to_dict
 from fastdfkd_cli.data import open_evaluation_data
 from fastdfkd_cli.dataset import DatasetWriter, read_dataset
 from fastdfkd_cli.errors import FastDFKDError, is_out_of_memory
 from fastdfkd_cli.export import model_card
 from fastdfkd_cli.job import override
+from fastdfkd_cli.method_config import SETTINGS
 from fastdfkd_cli.models import InputSpec, ModelOptions, check_forward, load_teacher
 from fastdfkd_cli.output import sha256_file, write_json
 from fastdfkd_cli.recipes import get_recipe
@@ -328,11 +329,14 @@ def lay_files(folder: Path, files: dict[str, bytes]) -> None:
 
 # -- targets -------------------------------------------------------------------------------------------------------
 
-#: Every setting, and its type.
+#: Every setting, and its type (with any method that has it).
 KEYS = {
-    name: get_type_hints(type(getattr(RunConfig(), section) if section else RunConfig()))[last]
+    name: hints[last]
     for name in field_names()
     for section, _, last in [name.rpartition(".")]
+    for config in [from_dict({"method": method}) for method in SETTINGS]
+    for hints in [get_type_hints(type(getattr(config, section) if section else config))]
+    if last in hints
 }
 CONFIG = to_dict(from_dict({"recipe": "smoke"}))
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fastdfkd_cli import __version__, cli
+from fastdfkd_cli import __version__, cli, cli_options
 from fastdfkd_cli.errors import FastDFKDError, ThresholdError, UsageError
 from fastdfkd_cli.records import Record
 
@@ -264,7 +264,7 @@ def test_evaluate_hands_its_options_on(api: FakeApi) -> None:
     ],
 )
 def test_folder_names_from_references(reference: str, slug: str) -> None:
-    assert cli._slug(reference) == slug
+    assert cli_options.slug(reference) == slug
 
 
 # -- what is printed ---------------------------------------------------------------------------------------------

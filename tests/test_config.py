@@ -28,9 +28,9 @@ from fastdfkd_cli.config import (
     with_overrides,
 )
 from fastdfkd_cli.errors import UsageError
+from fastdfkd_cli.method_config import SETTINGS
 
 SECTIONS = {
-    "synthesis": SynthesisConfig,
     "generator": GeneratorConfig,
     "distillation": DistillationConfig,
     "schedule": ScheduleConfig,
@@ -48,9 +48,18 @@ OTHER: dict[str, Any] = {
 }
 
 
-def hint(key: str) -> Any:
+#: Settings of each method to start from.
+BASES = {method: from_dict({"method": method}) for method in SETTINGS}
+
+
+def has(config: RunConfig, key: str) -> bool:
     section, _, name = key.rpartition(".")
-    return typing.get_type_hints(SECTIONS[section] if section else RunConfig)[name]
+    return hasattr(getattr(config, section), name) if section else True
+
+
+def hint(base: RunConfig, key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    return typing.get_type_hints(type(getattr(base, section)) if section else RunConfig)[name]
 
 
 def value_of(config: RunConfig, key: str) -> Any:
@@ -60,9 +69,9 @@ def value_of(config: RunConfig, key: str) -> Any:
     return found
 
 
-def others(key: str) -> list[Any]:
+def others(base: RunConfig, key: str) -> list[Any]:
     """Allowed values other than the default."""
-    default, kind = value_of(RunConfig(), key), hint(key)
+    default, kind = value_of(base, key), hint(base, key)
     if key in OTHER:
         return [OTHER[key]]
     if typing.get_origin(kind) is Literal:
@@ -75,40 +84,60 @@ def others(key: str) -> list[Any]:
     return [(default or 4) + 1 if int in options else (default or 1.0) * 1.5]
 
 
-KEYS = list(field_names())
+#: Every key with each method that has it; what is outside of `synthesis` with one of them.
+KEYS = [
+    (method, key)
+    for method, base in BASES.items()
+    for key in field_names()
+    if key != "method" and has(base, key) and (key.startswith("synthesis.") or method == "fast")
+]
 
 
 def test_every_field_has_a_key() -> None:
-    count = len(dataclasses.fields(RunConfig)) - len(SECTIONS)
-    count += sum(len(dataclasses.fields(section)) for section in SECTIONS.values())
+    count = len(dataclasses.fields(RunConfig)) - len(SECTIONS) - 2  # `synthesis`, and `method`, which changes its class
+    count += sum(len(dataclasses.fields(section)) for section in (*SECTIONS.values(), *SETTINGS.values()))
     assert len(KEYS) == len(set(KEYS)) == count
-    assert {"seed", "synthesis.steps", "schedule.time_budget"} <= set(KEYS)
+    assert {"seed", "synthesis.steps", "schedule.time_budget", "method"} <= set(field_names())
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_every_field_can_be_set_in_every_way(key: str) -> None:
-    for value in others(key):
-        dotted = from_dict({key: value})
-        assert value_of(dotted, key) == value != value_of(RunConfig(), key)
+@pytest.mark.parametrize(("method", "key"), KEYS)
+def test_every_field_can_be_set_in_every_way(method: str, key: str) -> None:
+    base = BASES[method]
+    for value in others(base, key):
+        dotted = from_dict({key: value}, base=base)
+        assert value_of(dotted, key) == value != value_of(base, key)
         section, _, name = key.rpartition(".")
-        assert from_dict({section: {name: value}} if section else {name: value}) == dotted
+        assert from_dict({section: {name: value}} if section else {name: value}, base=base) == dotted
         text = value if isinstance(value, str) else json.dumps(value)
-        assert with_overrides(RunConfig(), {key: text}) == dotted
+        assert with_overrides(base, {key: text}) == dotted
         # Nothing else has changed.
-        changed = [other for other in KEYS if value_of(dotted, other) != value_of(RunConfig(), other)]
-        assert changed == [key]
+        own = [other for other in field_names() if has(base, other)]
+        assert [other for other in own if value_of(dotted, other) != value_of(base, other)] == [key]
         # And every field survives the way through JSON.
         assert from_dict(json.loads(json.dumps(to_dict(dotted)))) == dotted
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("method", SETTINGS)
+def test_a_method_brings_its_own_section(method: str) -> None:
+    base = RunConfig(synthesis=SynthesisConfig(batch_size=10))
+    found = from_dict({"method": method}, base=base)
+    assert type(found.synthesis) is SETTINGS[method]
+    assert found.synthesis.batch_size == 10
+    assert from_dict({"method": method}, base=found) == found
+    for other in SETTINGS.values():
+        if other is not SETTINGS[method]:
+            with pytest.raises(TypeError, match="does not go with the method"):
+                dataclasses.replace(found, synthesis=other())
+
+
+@pytest.mark.parametrize(("method", "key"), KEYS)
 @pytest.mark.parametrize(
     "value", [math.inf, -math.inf, math.nan, 1e308, -1, 10**400, [], {}, "nonsense", None, True, 1.5]
 )
-def test_any_value_is_taken_or_refused_by_the_fields_name(key: str, value: Any) -> None:
-    refused, found = "", RunConfig()
+def test_any_value_is_taken_or_refused_by_the_fields_name(method: str, key: str, value: Any) -> None:
+    refused, found = "", BASES[method]
     try:
-        found = from_dict({key: value})
+        found = from_dict({key: value}, base=BASES[method])
     except UsageError as error:
         refused = str(error)
     if refused:

@@ -41,6 +41,7 @@ LAYERS = (
     {"resume"},
     {"job"},
     {"api", "console"},
+    {"cli_options"},
     {"cli"},
     {"__main__"},
 )
@@ -49,6 +50,7 @@ LIGHT = {
     "__init__",
     "__main__",
     "cli",
+    "cli_options",
     "config",
     "console",
     "errors",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdfkd_cli.config import Augmentation
+from fastdfkd_cli.method_config import Augmentation
 
 
 def _moved(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

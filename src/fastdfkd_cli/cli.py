@@ -6,18 +6,67 @@ turned into one line and an exit code by :func:`fastdfkd_cli.__main__.main`.
 
 from __future__ import annotations
 
-import csv
-import io
-import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from fastdfkd_cli import __version__
+from fastdfkd_cli.cli_options import (
+    ARCH,
+    BUDGET,
+    CLASSES,
+    DATA,
+    MACHINE,
+    MEAN,
+    MODELS,
+    OUTPUT,
+    REFERENCE,
+    SIZE,
+    STD,
+    WEIGHTS,
+    Amp,
+    Assignments,
+    CheckpointEvery,
+    Command,
+    Compile,
+    ConfigFile,
+    Deterministic,
+    Device,
+    DryRun,
+    Graphs,
+    Json,
+    MethodName,
+    Overwrite,
+    RecipeName,
+    Seed,
+    Steps,
+    StudentArch,
+    StudentClasses,
+    StudentMean,
+    StudentSize,
+    StudentStd,
+    StudentWeights,
+    Teacher,
+    TeacherArch,
+    TeacherClasses,
+    TeacherMean,
+    TeacherSize,
+    TeacherStd,
+    TeacherWeights,
+    check_results_file,
+    merged_settings,
+    model_options,
+    model_said,
+    option,
+    print_plan,
+    print_result,
+    require_one_process,
+    slug,
+    write_results,
+)
 from fastdfkd_cli.console import (
     Progress,
     print_columns,
@@ -25,23 +74,18 @@ from fastdfkd_cli.console import (
     print_json,
     print_line,
     print_summary,
-    print_values,
 )
-from fastdfkd_cli.errors import ThresholdError, UsageError, printable
-from fastdfkd_cli.method_config import SETTINGS
+from fastdfkd_cli.errors import ThresholdError, UsageError
 from fastdfkd_cli.processes import from_environment
 from fastdfkd_cli.settings import (
-    join_number_lists,
     parse_duration,
     parse_input_size,
     parse_interval,
-    parse_numbers,
     parse_part,
-    resolve,
 )
 
 if TYPE_CHECKING:
-    from fastdfkd_cli.models import ModelOptions
+    pass
 
 app = typer.Typer(
     name="fastdfkd",
@@ -50,179 +94,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-# -- options that several commands share -------------------------------------------------------------------------
-
-_MODELS = "Models"
-_TEACHER = "Where the teacher's reference does not say it"
-_STUDENT = "Where the student's reference does not say it"
-_MODEL = "Where the model's reference does not say it"
-_BUDGET = "Budget (at most one; default: the recipe's)"
-_SETTINGS = "Settings (options over --set over environment over --config over --recipe)"
-_DATA = "Real images"
-_OUTPUT = "Output"
-_MACHINE = "Machine"
-
-_REFERENCE = (
-    "timm/resnet50, resnet50, hf-hub:owner/repo@rev, a folder with config.json, a checkpoint file, nets.py:factory, "
-    "torchvision/resnet50, cifar/wrn16_1"
-)
-
-
-def _option(*names: str, panel: str, help: str, **more: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, help=help, show_default=False, **more)
-
-
-def _group(prefix: str, panel: str) -> tuple[Any, ...]:
-    """The six options of one model: architecture, weights, classes, input size, mean, std."""
-    return (
-        _option(
-            f"--{prefix}arch",
-            panel=panel,
-            metavar="NAME",
-            help="Architecture: a timm, torchvision/ or cifar/ name, or nets.py:factory.",
-        ),
-        _option(
-            f"--{prefix}weights",
-            panel=panel,
-            metavar="FILE",
-            help="Checkpoint: .safetensors .pth .pt .th .tar .bin .ckpt.",
-        ),
-        _option(f"--{prefix}num-classes", panel=panel, metavar="N", min=2, help="Number of classes."),
-        _option(f"--{prefix}input-size", panel=panel, metavar="C H W", help="Channels, height, width, in pixels."),
-        _option(f"--{prefix}mean", panel=panel, metavar="M ...", help="Mean per channel, of images in 0 to 1."),
-        _option(f"--{prefix}std", panel=panel, metavar="S ...", help="Deviation per channel, of images in 0 to 1."),
-    )
-
-
-_ARCH, _WEIGHTS, _CLASSES, _SIZE, _MEAN, _STD = _group("", _MODEL)
-_T_ARCH, _T_WEIGHTS, _T_CLASSES, _T_SIZE, _T_MEAN, _T_STD = _group("teacher-", _TEACHER)
-_S_ARCH, _S_WEIGHTS, _S_CLASSES, _S_SIZE, _S_MEAN, _S_STD = _group("student-", _STUDENT)
-
-Teacher = Annotated[
-    str, _option("--teacher", "-t", panel=_MODELS, metavar="MODEL", help=f"The pretrained model: {_REFERENCE}.")
-]
-TeacherArch = Annotated[str | None, _T_ARCH]
-TeacherWeights = Annotated[str | None, _T_WEIGHTS]
-TeacherClasses = Annotated[int | None, _T_CLASSES]
-TeacherSize = Annotated[str | None, _T_SIZE]
-TeacherMean = Annotated[str | None, _T_MEAN]
-TeacherStd = Annotated[str | None, _T_STD]
-StudentArch = Annotated[str | None, _S_ARCH]
-StudentWeights = Annotated[str | None, _S_WEIGHTS]
-StudentClasses = Annotated[int | None, _S_CLASSES]
-StudentSize = Annotated[str | None, _S_SIZE]
-StudentMean = Annotated[str | None, _S_MEAN]
-StudentStd = Annotated[str | None, _S_STD]
-
-RecipeName = Annotated[
-    str | None,
-    _option(
-        "--recipe",
-        "-r",
-        panel=_SETTINGS,
-        metavar="NAME",
-        envvar="FASTDFKD_RECIPE",
-        help="A named recipe (`fastdfkd recipes` lists them). Default: auto, by the teacher's input.",
-    ),
-]
-ConfigFile = Annotated[
-    str | None,
-    _option(
-        "--config",
-        panel=_SETTINGS,
-        metavar="FILE",
-        help="Settings from a YAML or JSON file, or from a report.json; - reads standard input. Default: none.",
-    ),
-]
-Assignments = Annotated[
-    list[str] | None,
-    _option(
-        "--set",
-        panel=_SETTINGS,
-        metavar="KEY=VALUE",
-        help="One setting, such as synthesis.steps=2; repeatable. `fastdfkd recipes --show NAME` lists the keys.",
-    ),
-]
-MethodName = Annotated[
-    str | None,
-    _option(
-        "--method",
-        "-m",
-        panel=_SETTINGS,
-        metavar="NAME",
-        help=f"How images are made: {', '.join(SETTINGS)}. Default: the recipe's, fast.",
-    ),
-]
-Steps = Annotated[
-    int | None,
-    _option("--steps", panel=_SETTINGS, metavar="K", help="Synthesis steps per batch (synthesis.steps)."),
-]
-Seed = Annotated[
-    int | None,
-    _option("--seed", panel=_SETTINGS, metavar="N", envvar="FASTDFKD_SEED", help="Seed. Default: 0."),
-]
-Deterministic = Annotated[
-    bool | None,
-    _option(
-        "--deterministic/--no-deterministic",
-        panel=_SETTINGS,
-        help="Repeatable algorithms: on the CPU, two runs agree bit for bit. Default: off.",
-    ),
-]
-Device = Annotated[
-    str,
-    _option(
-        "--device",
-        panel=_MACHINE,
-        metavar="NAME",
-        envvar="FASTDFKD_DEVICE",
-        help="auto, cpu, cuda, cuda:1 or mps. Default: auto.",
-    ),
-]
-Amp = Annotated[
-    bool | None, _option("--amp/--no-amp", panel=_MACHINE, help="Mixed precision. Default: where the device gains.")
-]
-Compile = Annotated[
-    bool,
-    _option(
-        "--compile",
-        panel=_MACHINE,
-        help="Compile the networks' passes first: for runs of more than some minutes.",
-    ),
-]
-Graphs = Annotated[
-    bool,
-    _option(
-        "--graphs", panel=_MACHINE, help="Replay a synthesised batch, and a KD step, as one CUDA graph. Experimental."
-    ),
-]
-Overwrite = Annotated[
-    bool, _option("--overwrite", panel=_OUTPUT, help="Replace a folder that is not empty. Default: refuse it.")
-]
-CheckpointEvery = Annotated[
-    str | None,
-    _option(
-        "--checkpoint-every",
-        panel=_OUTPUT,
-        metavar="TIME",
-        help="Save an unfinished run this often, such as 90s or 10m; 0: only when it is stopped. Default: 5m.",
-    ),
-]
-DryRun = Annotated[
-    bool,
-    _option("--dry-run", panel=_OUTPUT, help="Say what would be done, how large and how long it is, and stop."),
-]
-Json = Annotated[
-    bool, _option("--json", panel=_OUTPUT, help="Print one JSON object on stdout. Default: key value lines.")
-]
-
-
-class _Command(TyperCommand):
-    """A command whose --mean, --std and --input-size take any number of values after the flag."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, join_number_lists(args))
 
 
 def _print_version(wanted: bool) -> None:
@@ -243,20 +114,20 @@ def _root(
 # -- commands ----------------------------------------------------------------------------------------------------
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def distill(
     ctx: typer.Context,
     teacher: Teacher,
     student: Annotated[
         str,
-        _option("--student", "-s", panel=_MODELS, metavar="MODEL", help="The model to train, named the same way."),
+        option("--student", "-s", panel=MODELS, metavar="MODEL", help="The model to train, named the same way."),
     ],
     output: Annotated[
         Path | None,
-        _option(
+        option(
             "--output",
             "-o",
-            panel=_OUTPUT,
+            panel=OUTPUT,
             metavar="DIR",
             envvar="FASTDFKD_OUTPUT",
             help="Folder for the student and its report. Default: ./STUDENT-from-TEACHER.",
@@ -264,9 +135,9 @@ def distill(
     ] = None,
     resume: Annotated[
         str | None,
-        _option(
+        option(
             "--resume",
-            panel=_OUTPUT,
+            panel=OUTPUT,
             metavar="auto|DIR",
             help="Go on with an unfinished run: that of --output, if there is one, or of a folder of checkpoints.",
         ),
@@ -277,14 +148,14 @@ def distill(
     json: Json = False,
     rounds: Annotated[
         int | None,
-        _option("--rounds", panel=_BUDGET, metavar="N", min=1, help="Rounds of synthesis and distillation."),
+        option("--rounds", panel=BUDGET, metavar="N", min=1, help="Rounds of synthesis and distillation."),
     ] = None,
     images: Annotated[
-        int | None, _option("--images", panel=_BUDGET, metavar="N", min=1, help="Synthetic images, in whole batches.")
+        int | None, option("--images", panel=BUDGET, metavar="N", min=1, help="Synthetic images, in whole batches.")
     ] = None,
     time_budget: Annotated[
         str | None,
-        _option("--time-budget", panel=_BUDGET, metavar="TIME", help="Wall-clock time: 90 (seconds), 10m, 1h30m."),
+        option("--time-budget", panel=BUDGET, metavar="TIME", help="Wall-clock time: 90 (seconds), 10m, 1h30m."),
     ] = None,
     recipe: RecipeName = None,
     config: ConfigFile = None,
@@ -295,33 +166,33 @@ def distill(
     deterministic: Deterministic = None,
     data_dir: Annotated[
         str | None,
-        _option(
+        option(
             "--data-dir",
-            panel=_MODELS,
+            panel=MODELS,
             metavar="DIR",
             help="Distil on the images of an earlier `fastdfkd synthesize`. Default: synthesise them.",
         ),
     ] = None,
     eval_data: Annotated[
         str | None,
-        _option(
+        option(
             "--eval-data",
-            panel=_DATA,
+            panel=DATA,
             metavar="DIR",
             help="Judge the finished student on a folder of class folders or a tar of them. Default: no judgement.",
         ),
     ] = None,
     eval_dataset: Annotated[
         str | None,
-        _option(
+        option(
             "--eval-dataset",
-            panel=_DATA,
+            panel=DATA,
             metavar="NAME",
             help="Judge it on a data set that timm knows, such as torch/cifar10, or on builtin/digits.",
         ),
     ] = None,
     eval_split: Annotated[
-        str, _option("--eval-split", panel=_DATA, metavar="NAME", help="Split to judge on. Default: validation.")
+        str, option("--eval-split", panel=DATA, metavar="NAME", help="Split to judge on. Default: validation.")
     ] = "validation",
     device: Device = "auto",
     amp: Amp = None,
@@ -352,7 +223,7 @@ def distill(
     if len(given := [name for name, value in budgets.items() if value is not None]) > 1:
         raise UsageError(f"{' and '.join(given)} set the same budget: give one of them.")
     every = parse_interval(checkpoint_every)
-    name, overrides = _settings(
+    name, overrides = merged_settings(
         ctx,
         recipe=recipe,
         config=config,
@@ -369,10 +240,10 @@ def distill(
     )
     if rounds is not None or images is not None:
         overrides["schedule.time_budget"] = None  # a file's time budget gives way to the budget on the command line
-    teacher_said = _said(
+    teacher_said = model_said(
         "teacher-", teacher_arch, teacher_weights, teacher_num_classes, teacher_input_size, teacher_mean, teacher_std
     )
-    student_said = _said(
+    student_said = model_said(
         "student-", student_arch, student_weights, student_num_classes, student_input_size, student_mean, student_std
     )
 
@@ -383,12 +254,12 @@ def distill(
 
     with Progress() if group.leads else nullcontext() as progress:
         request: dict[str, Any] = {
-            "teacher_options": _model_options(teacher_said),
-            "student_options": _model_options(student_said),
+            "teacher_options": model_options(teacher_said),
+            "student_options": model_options(student_said),
             "recipe": name,
             "overrides": overrides,
             "data_dir": data_dir,
-            "output": output or Path(f"{_slug(student)}-from-{_slug(teacher)}"),
+            "output": output or Path(f"{slug(student)}-from-{slug(teacher)}"),
             "overwrite": overwrite,
             "device": device,
             "amp": amp,
@@ -417,25 +288,25 @@ def distill(
     if not group.leads:
         return
     if dry_run:
-        _print_plan(plan, json)
+        print_plan(plan, json)
         return
     report = {"path": str(result.path), **result.report} if json else None
     print_summary("Student", str(result.path), _headline(result.report), as_json=report)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def synthesize(
     ctx: typer.Context,
     teacher: Teacher,
     num_images: Annotated[
-        int, _option("--num-images", "-n", panel=_OUTPUT, metavar="N", min=1, help="Images to make, over all classes.")
+        int, option("--num-images", "-n", panel=OUTPUT, metavar="N", min=1, help="Images to make, over all classes.")
     ],
     output: Annotated[
         Path,
-        _option(
+        option(
             "--output",
             "-o",
-            panel=_OUTPUT,
+            panel=OUTPUT,
             metavar="DIR",
             envvar="FASTDFKD_OUTPUT",
             help="Folder for the shards, the soft labels and the manifest.",
@@ -443,26 +314,26 @@ def synthesize(
     ],
     student: Annotated[
         str | None,
-        _option(
+        option(
             "--student",
             "-s",
-            panel=_MODELS,
+            panel=MODELS,
             metavar="MODEL",
             help="A student for the adversarial term to work against. Default: no adversarial term.",
         ),
     ] = None,
     resume: Annotated[
-        bool, _option("--resume", panel=_OUTPUT, help="Go on with the set in the folder. Default: start a new one.")
+        bool, option("--resume", panel=OUTPUT, help="Go on with the set in the folder. Default: start a new one.")
     ] = False,
     overwrite: Overwrite = False,
     shard_size: Annotated[
-        int, _option("--shard-size", panel=_OUTPUT, metavar="N", min=1, help="Images per tar file. Default: 1000.")
+        int, option("--shard-size", panel=OUTPUT, metavar="N", min=1, help="Images per tar file. Default: 1000.")
     ] = 1000,
     part: Annotated[
         str | None,
-        _option(
+        option(
             "--part",
-            panel=_OUTPUT,
+            panel=OUTPUT,
             metavar="K/N",
             help="Make part K of N, for jobs that fill one folder side by side; the last to end puts all together. "
             "Default: the whole set.",
@@ -505,7 +376,7 @@ def synthesize(
     if resume and overwrite:
         raise UsageError("--resume goes on with what is in the folder and --overwrite discards it: give one of them.")
     every, of_whole = parse_interval(checkpoint_every), parse_part(part)
-    name, overrides = _settings(
+    name, overrides = merged_settings(
         ctx,
         recipe=recipe,
         config=config,
@@ -513,10 +384,10 @@ def synthesize(
         seed=seed,
         options={"method": method, "synthesis.steps": steps, "deterministic": deterministic},
     )
-    teacher_said = _said(
+    teacher_said = model_said(
         "teacher-", teacher_arch, teacher_weights, teacher_num_classes, teacher_input_size, teacher_mean, teacher_std
     )
-    student_said = _said(
+    student_said = model_said(
         "student-", student_arch, student_weights, student_num_classes, student_input_size, student_mean, student_std
     )
     if student is None and any(value is not None for value in student_said.values()):
@@ -532,8 +403,8 @@ def synthesize(
             "num_images": num_images,
             "output": output,
             "student": student,
-            "teacher_options": _model_options(teacher_said),
-            "student_options": _model_options(student_said),
+            "teacher_options": model_options(teacher_said),
+            "student_options": model_options(student_said),
             "recipe": name,
             "overrides": overrides,
             "resume": resume,
@@ -558,51 +429,47 @@ def synthesize(
     if not group.leads:
         return
     if dry_run:
-        _print_plan(plan, json)
+        print_plan(plan, json)
     elif json:
         print_json({"path": str(result.path), **result.manifest})
     else:
         print_line(result.path)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def evaluate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help=f"The model to judge: {_REFERENCE}.", show_default=False)
+        str, typer.Argument(metavar="MODEL", help=f"The model to judge: {REFERENCE}.", show_default=False)
     ],
     data_dir: Annotated[
         str | None,
-        _option(
-            "--data-dir", panel=_DATA, metavar="DIR", help="Folder of class folders, a tar of them, or a data set's."
+        option(
+            "--data-dir", panel=DATA, metavar="DIR", help="Folder of class folders, a tar of them, or a data set's."
         ),
     ] = None,
     dataset: Annotated[
         str | None,
-        _option(
-            "--dataset", panel=_DATA, metavar="NAME", help="A timm data set: torch/cifar10, ...; or builtin/digits."
-        ),
+        option("--dataset", panel=DATA, metavar="NAME", help="A timm data set: torch/cifar10, ...; or builtin/digits."),
     ] = None,
     split: Annotated[
-        str, _option("--split", panel=_DATA, metavar="NAME", help="Split of the data set. Default: validation.")
+        str, option("--split", panel=DATA, metavar="NAME", help="Split of the data set. Default: validation.")
     ] = "validation",
     batch_size: Annotated[
-        int, _option("--batch-size", "-b", panel=_DATA, metavar="N", min=1, help="Images per batch. Default: 128.")
+        int, option("--batch-size", "-b", panel=DATA, metavar="N", min=1, help="Images per batch. Default: 128.")
     ] = 128,
     workers: Annotated[
         int,
-        _option("--workers", "-j", panel=_DATA, metavar="N", min=0, help="Processes that read images. Default: 0."),
+        option("--workers", "-j", panel=DATA, metavar="N", min=0, help="Processes that read images. Default: 0."),
     ] = 0,
     img_size: Annotated[
         int | None,
-        _option(
-            "--img-size", panel=_DATA, metavar="N", min=1, help="Height and width in pixels. Default: the model's."
-        ),
+        option("--img-size", panel=DATA, metavar="N", min=1, help="Height and width in pixels. Default: the model's."),
     ] = None,
     crop_pct: Annotated[
         float | None,
-        _option(
+        option(
             "--crop-pct",
-            panel=_DATA,
+            panel=DATA,
             metavar="F",
             min=0.0,
             help="Share of the resized image that is kept. Default: the model's.",
@@ -610,15 +477,13 @@ def evaluate(
     ] = None,
     teacher: Annotated[
         str | None,
-        _option(
-            "--teacher", "-t", panel=_MODELS, metavar="MODEL", help="A teacher to judge beside it; adds agreement."
-        ),
+        option("--teacher", "-t", panel=MODELS, metavar="MODEL", help="A teacher to judge beside it; adds agreement."),
     ] = None,
     min_top1: Annotated[
         float | None,
-        _option(
+        option(
             "--min-top1",
-            panel=_OUTPUT,
+            panel=OUTPUT,
             metavar="PERCENT",
             min=0.0,
             max=100.0,
@@ -628,18 +493,18 @@ def evaluate(
     json: Json = False,
     results_file: Annotated[
         Path | None,
-        _option("--results-file", panel=_OUTPUT, metavar="FILE", help="Write the result there too: .json or .csv."),
+        option("--results-file", panel=OUTPUT, metavar="FILE", help="Write the result there too: .json or .csv."),
     ] = None,
-    arch: Annotated[str | None, _ARCH] = None,
-    weights: Annotated[str | None, _WEIGHTS] = None,
-    num_classes: Annotated[int | None, _CLASSES] = None,
-    input_size: Annotated[str | None, _SIZE] = None,
-    mean: Annotated[str | None, _MEAN] = None,
-    std: Annotated[str | None, _STD] = None,
+    arch: Annotated[str | None, ARCH] = None,
+    weights: Annotated[str | None, WEIGHTS] = None,
+    num_classes: Annotated[int | None, CLASSES] = None,
+    input_size: Annotated[str | None, SIZE] = None,
+    mean: Annotated[str | None, MEAN] = None,
+    std: Annotated[str | None, STD] = None,
     device: Device = "auto",
-    amp: Annotated[bool, _option("--amp/--no-amp", panel=_MACHINE, help="Mixed precision. Default: off.")] = False,
+    amp: Annotated[bool, option("--amp/--no-amp", panel=MACHINE, help="Mixed precision. Default: off.")] = False,
     amp_dtype: Annotated[
-        str, _option("--amp-dtype", panel=_MACHINE, metavar="NAME", help="bfloat16 or float16. Default: bfloat16.")
+        str, option("--amp-dtype", panel=MACHINE, metavar="NAME", help="bfloat16 or float16. Default: bfloat16.")
     ] = "bfloat16",
     teacher_arch: TeacherArch = None,
     teacher_weights: TeacherWeights = None,
@@ -652,15 +517,15 @@ def evaluate(
 
     Example: fastdfkd evaluate student --dataset torch/cifar10 --data-dir data --min-top1 90 --json
     """
-    _require_one_process("evaluate")
+    require_one_process("evaluate")
     if data_dir is None and dataset is None:
         raise UsageError("Nothing to judge on: give --data-dir DIR, --dataset NAME or both.")
     if amp_dtype not in ("bfloat16", "float16"):
         raise UsageError(f"--amp-dtype must be bfloat16 or float16, not {amp_dtype!r}.")
     if results_file is not None:
-        _check_results_file(results_file)
-    said = _said("", arch, weights, num_classes, input_size, mean, std)
-    teacher_said = _said(
+        check_results_file(results_file)
+    said = model_said("", arch, weights, num_classes, input_size, mean, std)
+    teacher_said = model_said(
         "teacher-", teacher_arch, teacher_weights, teacher_num_classes, teacher_input_size, teacher_mean, teacher_std
     )
     if teacher is None and any(value is not None for value in teacher_said.values()):
@@ -677,9 +542,9 @@ def evaluate(
             data_dir=data_dir,
             dataset=dataset,
             split=split,
-            options=_model_options(said),
+            options=model_options(said),
             teacher=teacher,
-            teacher_options=_model_options(teacher_said),
+            teacher_options=model_options(teacher_said),
             batch_size=batch_size,
             workers=workers,
             img_size=img_size,
@@ -691,14 +556,14 @@ def evaluate(
             on_message=progress.message,
         )
     if results_file is not None:
-        _write_results(results_file, row)
-    _print_result(row, json)
+        write_results(results_file, row)
+    print_result(row, json)
     # Not `top1 < min_top1`: a top1 that is not a number has not reached anything.
     if min_top1 is not None and not row["top1"] >= min_top1:
         raise ThresholdError(f"top1 is {row['top1']:.2f} %, below --min-top1 {min_top1:g} %.")
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def recipes(
     show: Annotated[
         str | None,
@@ -747,79 +612,6 @@ def recipes(
 # -- helpers -----------------------------------------------------------------------------------------------------
 
 
-def _settings(
-    ctx: typer.Context,
-    *,
-    recipe: str | None,
-    config: str | None,
-    assignments: list[str] | None,
-    seed: int | None,
-    options: Mapping[str, Any],
-) -> tuple[str, dict[str, Any]]:
-    """Merge every source of settings, and refuse an unknown recipe before anything heavy is imported."""
-    source = ctx.get_parameter_source("seed")
-    from_environment = source is not None and source.name == "ENVIRONMENT"
-    name, overrides = resolve(
-        recipe=recipe,
-        config=config,
-        environment={"seed": seed} if from_environment else {},
-        assignments=assignments or (),
-        options={**options, "seed": None if from_environment else seed},
-    )
-    from fastdfkd_cli.recipes import get_recipe, with_method
-
-    if name != "auto":
-        get_recipe(name)
-    if "method" in overrides:
-        from fastdfkd_cli.config import RunConfig
-
-        with_method(RunConfig(), overrides["method"])
-    return name, overrides
-
-
-def _require_one_process(command: str) -> None:
-    if (count := from_environment().world_size) > 1:
-        raise UsageError(f"{command} works in one process, and torchrun started {count}: run it without torchrun.")
-
-
-def _said(
-    prefix: str,
-    arch: str | None,
-    weights: str | None,
-    num_classes: int | None,
-    input_size: str | None,
-    mean: str | None,
-    std: str | None,
-) -> dict[str, Any]:
-    """Parse one model's options (before torch is imported: a typing error should show at once)."""
-    said = {
-        "arch": arch,
-        "weights": weights,
-        "num_classes": num_classes,
-        "input_size": parse_input_size(f"--{prefix}input-size", input_size),
-        "mean": parse_numbers(f"--{prefix}mean", mean),
-        "std": parse_numbers(f"--{prefix}std", std),
-    }
-    for name in ("mean", "std"):
-        values, size = said[name], said["input_size"]
-        if values is not None and size is not None and len(values) not in (1, size[0]):  # type: ignore[index,arg-type]
-            raise UsageError(f"--{prefix}{name} has {len(values)} values for {size[0]} channels.")  # type: ignore[index,arg-type]
-    return said
-
-
-def _model_options(said: Mapping[str, Any]) -> ModelOptions:
-    from fastdfkd_cli.models import ModelOptions
-
-    return ModelOptions(**said)
-
-
-def _slug(reference: str) -> str:
-    """The part of a model reference that tells models apart, fit for a folder's name."""
-    name = reference.rstrip("/").rpartition("/")[2].rpartition(":")[2]
-    name = re.sub(r"\.(safetensors|pth|pt|th|tar)$", "", name)
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
-
-
 def _headline(report: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of a report that a person wants first."""
     judged = report.get("evaluation") or {}
@@ -830,40 +622,6 @@ def _headline(report: Mapping[str, Any]) -> dict[str, Any]:
         "quality": report.get("quality") or {},
         "evaluation": scores,
     }
-
-
-def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(result)
-    else:
-        print_values(result)
-
-
-def _print_plan(plan: Mapping[str, Any], as_json: bool) -> None:
-    """A plan for a person leaves out the fifty settings, which `fastdfkd recipes --show` lists."""
-    _print_result(plan if as_json else {key: value for key, value in plan.items() if key != "config"}, as_json)
-
-
-def _check_results_file(path: Path) -> None:
-    if path.suffix not in (".json", ".csv"):
-        raise UsageError(f"--results-file must end in .json or .csv, not {path.name!r}.")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"The folder of --results-file {path} does not exist.")
-    if path.is_dir():
-        raise UsageError(f"--results-file {path} is a folder.")
-
-
-def _write_results(path: Path, row: Mapping[str, Any]) -> None:
-    from fastdfkd_cli.output import write_bytes, write_json
-
-    if path.suffix == ".json":
-        write_json(path, dict(row))
-    else:
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, fieldnames=list(row))
-        writer.writeheader()
-        writer.writerow({key: printable(value) if isinstance(value, str) else value for key, value in row.items()})
-        write_bytes(path, table.getvalue().encode("utf-8"))
 
 
 __all__ = ["app"]

@@ -1,8 +1,9 @@
 """The whole of a run's settings, as frozen dataclasses that check themselves.
 
 A :class:`RunConfig` has four sections (``synthesis``, ``generator``, ``distillation``, ``schedule``) and a few
-fields of its own. What ``synthesis`` holds depends on the method (:mod:`fastdfkd_cli.method_config`). Every field is reachable from the command line as ``--set section.field=value`` and from a YAML
-or JSON file with the same nesting. :mod:`fastdfkd_cli.recipes` builds the named ones.
+fields of its own. What ``synthesis`` holds depends on the method (:mod:`fastdfkd_cli.method_config`). Every field is
+reachable from the command line as ``--set section.field=value`` and from a YAML or JSON file with the same nesting.
+:mod:`fastdfkd_cli.recipes` builds the named ones.
 """
 
 from __future__ import annotations
@@ -196,9 +197,19 @@ class RunConfig:
         return self.synthesis
 
     @property
+    def fast(self) -> SynthesisConfig:
+        """The section ``synthesis`` of FastDFKD."""
+        return self.settings_of(SynthesisConfig)
+
+    @property
     def synthetic_images(self) -> int:
         """Images that the whole schedule synthesises (without a time budget)."""
         return self.schedule.synthesis_rounds * self.schedule.batches_per_round * self.synthesis.batch_size
+
+    @property
+    def pooled_images(self) -> int:
+        """Images that the pool has room for, if nothing else limits it: all, or the latest batch where none serve."""
+        return self.synthesis.batch_size if self.synthesis.feeds else self.synthetic_images
 
     @property
     def kd_steps(self) -> int:

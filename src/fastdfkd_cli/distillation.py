@@ -509,8 +509,8 @@ class Distillation:
         self.student.prepare(None if self.label_views else self.teacher, self.pool.image_size)
 
     def _new_pool(self, image_size: tuple[int, int, int]) -> ImagePool:
-        timed = self.config.schedule.time_budget is not None
-        wanted = DEFAULT_POOL_IMAGES if timed else self.config.synthetic_images
+        timed = self.config.schedule.time_budget is not None and not self.config.synthesis.feeds
+        wanted = DEFAULT_POOL_IMAGES if timed else self.config.pooled_images
         capacity = self.config.pool_size or max(wanted, self.config.synthesis.batch_size)
         pool = ImagePool(image_size, capacity, self.device)
         if not timed:
@@ -639,7 +639,6 @@ class Distillation:
 
     def kd_step(self) -> None:
         """Take one KD step on a batch drawn from the pool (lines 18 and 19); the device may still be at work on it."""
-        config = self.config.distillation
         self._distilling = True
         self._label_new_images()
         lr = self.student.set_learning_rate(self.clock.distilled(self.steps_taken, self._total_steps))
@@ -652,9 +651,8 @@ class Distillation:
     def _training_batch(self, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Images for a KD step: the method's own, or some of the pool with their soft labels where those are kept."""
         config = self.config.distillation
-        made = self.synthesizer.training_batch(config.batch_size) if self.synthesizer is not None else None
-        if made is not None:
-            return augment(made, rng, config.augmentation), None
+        if self.synthesizer is not None and self.config.synthesis.feeds:
+            return augment(self.synthesizer.training_batch(config.batch_size), rng, config.augmentation), None
         return self.pool.sample(config.batch_size, rng, config.augmentation)
 
     def _label_new_images(self) -> None:

@@ -271,12 +271,14 @@ def bounded_pool(job: Job, say: OnMessage, *, agreed: bool = True) -> RunConfig:
     Several processes keep as many images as the smallest of them can, unless one asks for itself (``agreed=False``).
     """
     config = job.config
-    timed = config.schedule.time_budget is not None
-    wanted = config.pool_size or (DEFAULT_POOL_IMAGES if timed else config.synthetic_images)
+    timed = config.schedule.time_budget is not None and not config.synthesis.feeds
+    wanted = config.pool_size or (DEFAULT_POOL_IMAGES if timed else config.pooled_images)
     distillation = config.distillation
     each = pool_bytes_per_image(
         job.size,
-        views=label_views(distillation, images=config.synthetic_images, kd_steps=config.kd_steps, feeds=config.synthesis.feeds),
+        views=label_views(
+            distillation, images=config.synthetic_images, kd_steps=config.kd_steps, feeds=config.synthesis.feeds
+        ),
         num_classes=job.teacher.num_classes,
         augmentation=distillation.augmentation,
         amp=job.machine.amp,

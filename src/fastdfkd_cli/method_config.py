@@ -139,9 +139,7 @@ class SynthesisConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(
-            self, "synthesis", "steps", "lr_generator", "lr_latent", "meta_lr_latent", "reptile_scale"
-        )
+        positive(self, "synthesis", "steps", "lr_generator", "lr_latent", "meta_lr_latent", "reptile_scale")
         positive(self, "synthesis", "adversarial_temperature")
         if self.meta_lr_generator is not None:
             positive(self, "synthesis", "meta_lr_generator")

@@ -231,7 +231,9 @@ def distillation_plan(
         if synthesises:
             images, label_seconds = int(images * share), label_seconds * share
     kd_seconds += label_seconds
-    kept = min(images, config.pool_size) if config.pool_size and synthesises else images
+    kept = images
+    if synthesises:
+        kept = min(images, config.pool_size or images, config.pooled_images if feeds else images)
     pool_bytes = kept * pool_bytes_per_image(
         image_size,
         views=views,

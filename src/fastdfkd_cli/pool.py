@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdfkd_cli.acceleration import to_device
 from fastdfkd_cli.augment import apply_augmentation, draw_augmentation
-from fastdfkd_cli.config import Augmentation
+from fastdfkd_cli.method_config import Augmentation
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -160,14 +160,14 @@ def with_method(config: RunConfig, method: str) -> RunConfig:
         UsageError: there is no such method.
     """
     if not isinstance(method, str) or method not in SETTINGS:
-        raise UsageError(f"Unknown method {brief(method)}.{did_you_mean(method, SETTINGS)} There are {', '.join(SETTINGS)}.")
+        nearest = did_you_mean(method, SETTINGS) if isinstance(method, str) else ""
+        raise UsageError(f"Unknown method {brief(method)}.{nearest} There are {', '.join(SETTINGS)}.")
     if method == config.method:
         return config
     changes: dict[str, Any] = {"method": method, **_BEYOND.get(method, {})}
     turns = _KD_STEPS_PER_STEP.get(method)
     if turns is not None:
         changes |= {
-            "pool_size": config.synthesis.batch_size,  # for the pictures of a report alone
             "schedule.rounds": max(config.kd_steps // turns, 1),
             "schedule.warmup_rounds": 0,
             "schedule.final_rounds": 0,
@@ -200,7 +200,7 @@ def _for_cpu(image_size: ImageSize, schedule: ScheduleConfig) -> RunConfig:
     return replace(
         base,
         quality_images=512,
-        synthesis=replace(base.synthesis, batch_size=128, generator_reset_after=0),
+        synthesis=replace(base.fast, batch_size=128, generator_reset_after=0),
         generator=_frugal_generator(image_size, width=32),
         distillation=DistillationConfig(batch_size=64, lr=0.5, lr_warmup=0.05, nesterov=True),
         schedule=schedule,
@@ -214,7 +214,7 @@ def _for_cpu_large(image_size: ImageSize, rounds: int) -> RunConfig:
         base,
         quality_images=16,
         synthesis=replace(
-            base.synthesis, batch_size=16, steps=10, lr_generator=1e-3, meta_lr_generator=5e-4, latent_reset_every=0
+            base.fast, batch_size=16, steps=10, lr_generator=1e-3, meta_lr_generator=5e-4, latent_reset_every=0
         ),
         generator=replace(base.generator, width=64),
         distillation=replace(base.distillation, batch_size=16, lr=0.05),
@@ -244,7 +244,7 @@ def smoke(image_size: ImageSize) -> RunConfig:
     return replace(
         base,
         quality_images=2 * batch,
-        synthesis=replace(base.synthesis, batch_size=batch, steps=5 if small else 2, generator_reset_after=0),
+        synthesis=replace(base.fast, batch_size=batch, steps=5 if small else 2, generator_reset_after=0),
         generator=_frugal_generator(image_size),
         distillation=DistillationConfig(
             batch_size=batch, lr=0.05, augmentation="crop-flip" if small else "resized-crop-flip"
@@ -266,7 +266,7 @@ def digits(image_size: ImageSize) -> RunConfig:
         base,
         quality_images=512,
         synthesis=replace(
-            base.synthesis,
+            base.fast,
             batch_size=128,
             steps=20,
             lr_generator=2e-3,

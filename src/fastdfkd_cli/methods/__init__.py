@@ -5,7 +5,7 @@ What an engine asks of a method is the :class:`Synthesizer` protocol and nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -35,8 +35,12 @@ class Synthesizer(Protocol):
         """Make one batch; with a student (images in [0, 1] -> logits), the adversarial term takes part."""
         ...
 
-    def training_batch(self, count: int) -> Tensor | None:
-        """Images ``[count, C, H, W]`` in [0, 1] for one KD step, made now; None where those of the pool serve."""
+    def training_batch(self, count: int) -> Tensor:
+        """Images ``[count, C, H, W]`` in [0, 1] for one KD step, made now, of a method that ``feeds`` the student.
+
+        Raises:
+            NotImplementedError: the student learns from the pool.
+        """
         ...
 
     def renew(self) -> None:
@@ -67,7 +71,7 @@ class Synthesizer(Protocol):
         ...
 
 
-METHODS: dict[str, type[Synthesizer]] = {"fast": FastMeta, "dfad": DFAD}
+METHODS: dict[str, Callable[..., Synthesizer]] = {"fast": FastMeta, "dfad": DFAD}
 
 
 def build_method(

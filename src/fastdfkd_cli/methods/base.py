@@ -161,8 +161,8 @@ class Method(ABC, Generic[SettingsT]):
     def prepare(self, student: nn.Module | None = None) -> None:
         """Nothing is compiled for this method."""
 
-    def training_batch(self, count: int) -> Tensor | None:
-        return None
+    def training_batch(self, count: int) -> Tensor:
+        raise NotImplementedError("the student learns from the pool")
 
     def renew(self) -> None:
         """Nothing: the schedule renews FastDFKD's generator."""
@@ -241,7 +241,7 @@ class OneGenerator(Method[SettingsT]):
         return SyntheticBatch(to_uint8(images.detach()), logits.detach().argmax(1), found)
 
     @torch.no_grad()
-    def training_batch(self, count: int) -> Tensor | None:
+    def training_batch(self, count: int) -> Tensor:
         """Images ``[count, C, H, W]`` in [0, 1] of the generator as it stands."""
         return self._images(count)
 

@@ -457,9 +457,9 @@ class FastMeta:
                 for value in state.values():
                     value.zero_()
 
-    def training_batch(self, count: int) -> Tensor | None:
-        """None: the student learns from the pool, on all batches so far."""
-        return None
+    def training_batch(self, count: int) -> Tensor:
+        """The student learns from the pool, on all batches so far."""
+        raise NotImplementedError("the student learns from the pool")
 
     def renew(self) -> None:
         """Draw the shared generator's first layer anew (pixels have none)."""
