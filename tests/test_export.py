@@ -136,6 +136,18 @@ def test_the_weights_file_says_where_it_comes_from(tmp_path: Path, teacher: Load
     assert facts["architecture"] == "fastdfkd_wrn10_1"
 
 
+def test_one_student_is_one_file(tmp_path: Path, teacher: LoadedModel, student: LoadedModel) -> None:
+    report = {"config": {"recipe": "smoke", "seed": 3}}
+    for number in range(5):
+        (tmp_path / str(number)).mkdir()
+        export_student(student, tmp_path / str(number), teacher=replace(teacher, name="schön"), report=report)
+    first, *others = [(tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(5)]
+    assert all(other == first for other in others)
+    with safe_open(tmp_path / "0" / "model.safetensors", "pt") as file:
+        assert file.metadata()["teacher"] == "schön"
+        assert file.metadata()["seed"] == "3"
+
+
 @pytest.mark.parametrize("wrap", ["parallel", "channels-last", "half", "double", "compiled"])
 def test_a_wrapped_student_is_exported_plain(
     tmp_path: Path, teacher: LoadedModel, student: LoadedModel, wrap: str
