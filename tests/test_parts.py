@@ -278,7 +278,7 @@ def test_a_set_with_other_settings_is_refused(united: Path) -> None:
 
 
 def test_parts_of_another_count_or_size_are_refused(complete: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="made in 3, not in 4"):
+    with pytest.raises(UsageError, match="made in 3 parts, not in 4"):
         make(complete, Part(4, 4))
     with pytest.raises(UsageError, match="2 images cannot be divided into 3 parts"):
         make(tmp_path / "set", Part(1, 3), num_images=2)

@@ -94,8 +94,8 @@ def check_place(directory: str | Path, count: int, numbers: Sequence[int], *, re
         raise UsageError(f"--output {folder} is a file: name a folder.")
     if others := sorted(parts_in(folder).keys() - {count}):
         raise UsageError(
-            f"--output {folder} holds parts of a set that is made in {others[0]}, not in {count}: go on with those, "
-            "or choose another folder."
+            f"--output {folder} holds a set that is made in {others[0]} parts, not in {count}: go on with those, or "
+            "choose another folder."
         )
     beside = [
         name
