@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from fastdfkd_cli.errors import UsageError, brief
 
-Method = Literal["fast", "dfad"]
+Method = Literal["fast", "dafl", "zskt", "dfq", "dfad", "nayer"]
 Reuse = Literal["none", "sequential", "meta"]
 Images = Literal["generator", "pixel"]
 MetaGradient = Literal["fomaml", "reptile"]
@@ -42,6 +42,13 @@ def non_negative(owner: object, section: str, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         require(value >= 0, f"{section}.{name}", value, "0 or more")
+
+
+def _weights(owner: object, *names: str) -> None:
+    """Weights of loss terms: none negative, and one above 0 at least."""
+    non_negative(owner, "synthesis", *names)
+    listed = f"synthesis.{', '.join(names[:-1])} and {names[-1]}"
+    require(any(getattr(owner, name) for name in names), listed, 0, "not all zero (nothing would be synthesised)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +82,11 @@ class MethodConfig:
     def needs_statistics(self) -> bool:
         """Whether the teacher must have BatchNorm layers."""
         return float(getattr(self, "feature_weight", 0.0)) > 0
+
+    @property
+    def momentum_of_statistics(self) -> float:
+        """Weight of earlier batches in the feature term, where the method has one."""
+        return float(getattr(self, "feature_momentum", 0.0))
 
     @property
     def renewal(self) -> int:
@@ -184,6 +196,59 @@ class OneGeneratorConfig(MethodConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DAFLConfig(OneGeneratorConfig):
+    """DAFL, ``--method dafl``."""
+
+    #: Weight of the one-hot term: the cross-entropy of the teacher's output with its own answer.
+    class_weight: float = 1.0
+    #: Weight of the activation term: minus the L1 norm of the features before the teacher's classifier.
+    activation_weight: float = 1e-3
+    #: Weight of the information entropy term: minus the entropy of the batch's classes.
+    balance_weight: float = 20.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _weights(self, "class_weight", "activation_weight", "balance_weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZSKTConfig(OneGeneratorConfig):
+    """ZSKT, ``--method zskt``; its attention transfer is ``distillation.attention_weight``."""
+
+    needs_student: ClassVar[bool] = True
+
+    #: Softening of both outputs in the divergence that the generator climbs.
+    adversarial_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "synthesis", "adversarial_temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DFQConfig(OneGeneratorConfig):
+    """DFQ, ``--method dfq``."""
+
+    needs_student: ClassVar[bool] = True
+
+    #: Weight of the adversarial term: minus the divergence of the student from the teacher.
+    adversarial_weight: float = 1.0
+    #: Softening of both outputs in the adversarial term.
+    adversarial_temperature: float = 1.0
+    #: Weight of the feature term: the distance from the statistics of the teacher's BatchNorm layers.
+    feature_weight: float = 1.0
+    #: Weight of the class term: the cross-entropy of the teacher's output with its own answer.
+    class_weight: float = 1.0
+    #: Weight of the balance term: minus the entropy of the batch's classes.
+    balance_weight: float = 20.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "synthesis", "adversarial_temperature")
+        _weights(self, "adversarial_weight", "feature_weight", "class_weight", "balance_weight")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DFADConfig(OneGeneratorConfig):
     """DFAD, ``--method dfad``."""
 
@@ -193,18 +258,78 @@ class DFADConfig(OneGeneratorConfig):
     log_discrepancy: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class NAYERConfig(MethodConfig):
+    """NAYER, ``--method nayer``: the settings of the published CIFAR-100 runs."""
+
+    #: What stands for a class: fixed ``orthogonal`` or ``random`` vectors, or the rows of a .safetensors file (the
+    #: paper: a text encoder's for the class names), whose one tensor is ``[classes, dim]``.
+    embeddings: str = "orthogonal"
+    #: Length of orthogonal and random embeddings.
+    embedding_dim: int = 512
+    #: Gradient steps for each batch (published: 40, and 30 for CIFAR-10).
+    steps: int = 40
+    #: Adam's learning rate, for the generator and the noisy layers.
+    lr_generator: float = 4e-3
+    #: Adam's betas.
+    beta1: float = 0.5
+    beta2: float = 0.999
+    #: Batches after which the generator begins anew (0: never; published: 10 rounds of 2).
+    generator_life: int = 20
+    #: Weight of the feature term; 0 switches it off.
+    feature_weight: float = 10.0
+    #: Weight of the accumulated statistics in the feature term.
+    feature_momentum: float = 0.9
+    #: Weight of the class term.
+    class_weight: float = 0.5
+    #: Weight of the adversarial term; it counts only once the student is being trained.
+    adversarial_weight: float = 1.33
+    #: What stands between an image and the teacher.
+    augmentation: Augmentation = "crop-flip"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = self.embeddings in ("orthogonal", "random") or self.embeddings.endswith(".safetensors")
+        require(known, "synthesis.embeddings", self.embeddings, "orthogonal, random or a .safetensors file")
+        positive(self, "synthesis", "embedding_dim", "steps", "lr_generator")
+        at_most(self, "synthesis", 2**16, "embedding_dim")
+        at_most(self, "synthesis", 2**31, "steps", "generator_life")
+        non_negative(self, "synthesis", "generator_life", "feature_weight", "class_weight", "adversarial_weight")
+        for name in ("beta1", "beta2", "feature_momentum"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"synthesis.{name}", value, "in [0, 1)")
+        # Rounds that only synthesise have no student, and so no adversarial term.
+        require(
+            self.feature_weight + self.class_weight > 0,
+            "synthesis.feature_weight and class_weight",
+            0,
+            "not both zero (nothing would be synthesised without a student)",
+        )
+
+
 #: The section's class by method.
-SETTINGS: dict[str, type[MethodConfig]] = {"fast": SynthesisConfig, "dfad": DFADConfig}
+SETTINGS: dict[str, type[MethodConfig]] = {
+    "fast": SynthesisConfig,
+    "dafl": DAFLConfig,
+    "zskt": ZSKTConfig,
+    "dfq": DFQConfig,
+    "dfad": DFADConfig,
+    "nayer": NAYERConfig,
+}
 
 __all__ = [
     "SETTINGS",
     "Adversarial",
     "Augmentation",
+    "DAFLConfig",
     "DFADConfig",
+    "DFQConfig",
     "Method",
     "MethodConfig",
+    "NAYERConfig",
     "OneGeneratorConfig",
     "SynthesisConfig",
+    "ZSKTConfig",
     "at_most",
     "non_negative",
     "positive",

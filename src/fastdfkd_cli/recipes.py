@@ -144,10 +144,21 @@ def _imagenet_row(student: str) -> Recipe:
 
 #: What a method's definition says beyond its own section, by dotted key.
 _BEYOND: dict[str, dict[str, Any]] = {
+    "nayer": {"generator.kind": "linear", "generator.latent_dim": 1000},
+    "dafl": {"generator.latent_dim": 512, "distillation.augmentation": "none"},
+    "zskt": {
+        "distillation.temperature": 1.0,
+        "distillation.attention_weight": 250.0,
+        "distillation.label_views": 0,
+        "distillation.augmentation": "none",
+    },
+    "dfq": {"distillation.augmentation": "none"},
     "dfad": {"distillation.loss": "l1", "distillation.augmentation": "none"},
 }
+#: Methods that vary an image before the teacher sees it as FastDFKD does, and so as the recipe says (digits: unmirrored).
+_VARY_ALIKE = ("nayer",)
 #: KD steps for each step of the generator, of methods whose student learns from the generator itself.
-_KD_STEPS_PER_STEP = {"dfad": 5}
+_KD_STEPS_PER_STEP = {"dafl": 5, "zskt": 5, "dfq": 10, "dfad": 5}
 
 
 def with_method(config: RunConfig, method: str) -> RunConfig:
@@ -165,6 +176,8 @@ def with_method(config: RunConfig, method: str) -> RunConfig:
     if method == config.method:
         return config
     changes: dict[str, Any] = {"method": method, **_BEYOND.get(method, {})}
+    if method in _VARY_ALIKE and hasattr(config.synthesis, "augmentation"):
+        changes["synthesis.augmentation"] = config.synthesis.augmentation
     turns = _KD_STEPS_PER_STEP.get(method)
     if turns is not None:
         changes |= {

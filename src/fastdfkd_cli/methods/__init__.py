@@ -14,8 +14,12 @@ from torch import Tensor, nn
 from fastdfkd_cli.acceleration import EAGER, Acceleration
 from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.methods.base import SyntheticBatch
+from fastdfkd_cli.methods.dafl import DAFL
 from fastdfkd_cli.methods.dfad import DFAD
+from fastdfkd_cli.methods.dfq import DFQ
 from fastdfkd_cli.methods.fast_meta import FastMeta
+from fastdfkd_cli.methods.zskt import ZSKT
+from fastdfkd_cli.methods.nayer import NAYER
 from fastdfkd_cli.processes import ALONE, Group
 
 
@@ -71,7 +75,14 @@ class Synthesizer(Protocol):
         ...
 
 
-METHODS: dict[str, Callable[..., Synthesizer]] = {"fast": FastMeta, "dfad": DFAD}
+METHODS: dict[str, Callable[..., Synthesizer]] = {
+    "fast": FastMeta,
+    "dafl": DAFL,
+    "zskt": ZSKT,
+    "dfq": DFQ,
+    "dfad": DFAD,
+    "nayer": NAYER,
+}
 
 
 def build_method(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
@@ -56,6 +56,27 @@ def frozen(student: nn.Module | None) -> Iterator[None]:
             module.training = training
 
 
+@torch.no_grad()
+def restart(optimizer: torch.optim.Optimizer) -> None:
+    """Have ``optimizer`` forget what it has seen, in place."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+
+
+@torch.no_grad()
+def keep_lower(kept: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of two iterates, all tensors of the one with the lower ``total``; the device is not asked which.
+
+    ``kept`` is empty before there is any. What comes back shares no memory that a later step writes to only if
+    ``found`` shares none.
+    """
+    if not kept:
+        return {name: tensor.detach() for name, tensor in found.items()}
+    better = found["total"] < kept["total"]
+    return {name: torch.where(better, tensor.detach(), kept[name]) for name, tensor in found.items()}
+
+
 SettingsT = TypeVar("SettingsT", bound=MethodConfig)
 
 
@@ -98,7 +119,7 @@ class Method(ABC, Generic[SettingsT]):
         self.rate = 1.0
         self.statistics: BatchNormStatistics | None = None
         if self.config.needs_statistics:
-            self.statistics = BatchNormStatistics(teacher)
+            self.statistics = BatchNormStatistics(teacher, self.config.momentum_of_statistics)
             self.statistics.__enter__()
 
     # -- what a method brings -----------------------------------------------------------------------------------
@@ -147,7 +168,7 @@ class Method(ABC, Generic[SettingsT]):
             generator = Generator(self.generator_config, self.image_size)
         return generator.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
-    def adam(self, parameters: list[Tensor], lr: float, betas: tuple[float, float]) -> torch.optim.Adam:
+    def adam(self, parameters: Sequence[Tensor], lr: float, betas: tuple[float, float]) -> torch.optim.Adam:
         """Adam over ``parameters`` at ``lr`` times :attr:`rate`, in one kernel where there is one."""
         fused = self.device.type in ("cpu", "cuda")
         return torch.optim.Adam(parameters, lr=lr * self.rate, betas=betas, fused=fused)
@@ -285,4 +306,13 @@ def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-__all__ = ["Method", "OneGenerator", "SyntheticBatch", "frozen", "load_optimizer_state", "optimizer_state"]
+__all__ = [
+    "Method",
+    "OneGenerator",
+    "SyntheticBatch",
+    "frozen",
+    "keep_lower",
+    "load_optimizer_state",
+    "optimizer_state",
+    "restart",
+]
