@@ -82,6 +82,8 @@ class DistillationConfig:
     #: Fixed variations of each pool image that the teacher labels once, for all KD steps (0: a fresh one each time,
     #: labelled anew; Shen & Xing, ECCV 2022).
     label_views: int = 0
+    #: Weight of attention transfer, which brings the student's spatial attention maps to the teacher's (ZSKT: 250).
+    attention_weight: float = 0.0
     #: Export the last student, or an exponential moving average of its weights.
     average: Average = "none"
     #: Decay of that average, per KD step.
@@ -89,7 +91,7 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         positive(self, "distillation", "batch_size", "temperature", "lr")
-        non_negative(self, "distillation", "lr_min", "weight_decay", "label_views")
+        non_negative(self, "distillation", "lr_min", "weight_decay", "label_views", "attention_weight")
         require(self.batch_size >= 2, "distillation.batch_size", self.batch_size, "2 or more (batch statistics)")
         at_most(self, "distillation", 2**31, "batch_size", "label_views")
         require(self.lr_min <= self.lr, "distillation.lr_min", self.lr_min, f"at most distillation.lr ({self.lr})")
@@ -101,6 +103,12 @@ class DistillationConfig:
             "distillation.label_views",
             self.label_views,
             "at most 1 with distillation.augmentation=none (every variation would be the same)",
+        )
+        require(
+            not (self.attention_weight and self.label_views),
+            "distillation.label_views",
+            self.label_views,
+            "0 with distillation.attention_weight (kept labels hold no attention maps of the teacher's)",
         )
         require(not self.nesterov or self.momentum > 0, "distillation.nesterov", self.nesterov, "off without momentum")
 

@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from fastdfkd_cli.acceleration import (
     checkpointed,
     statistics_held,
 )
+from fastdfkd_cli.attention import AttentionPairs
 from fastdfkd_cli.augment import augment
 from fastdfkd_cli.config import DistillationConfig, RunConfig
 from fastdfkd_cli.distributed import Agreement, largest, mean_, of_leader
@@ -45,9 +46,12 @@ DEFAULT_POOL_IMAGES = 100_000
 MIN_ROUNDS = 10
 #: Seconds between two records of a phase.
 RECORD_EVERY = 1.0
-#: How often a run whose figures stopped being finite is put back to its last round, and what the rate falls to.
+#: How often a run whose figures stopped being finite is put back to an earlier round, and what the rate falls to.
 RETRIES = 3
 SLOWER = 0.25
+#: KD steps between two looks at the figures, at least, where a method takes turns of a few: a round's border costs a
+#: copy of the student and the method, and makes the device wait.
+CHECK_EVERY = 50
 #: A KD loss beyond this is as good as not finite.
 EXPLODED = 1e6
 
@@ -161,9 +165,9 @@ def label_views(config: DistillationConfig, *, images: int, kd_steps: int, feeds
 
     Without augmentation an image always looks the same: its one label is exact, and costs nothing but memory. In
     either case it has to pay: where there are fewer draws than variations to label, labelling draws is cheaper.
-    Of a method that ``feeds`` the student, no image is seen twice.
+    Of a method that ``feeds`` the student, no image is seen twice; and labels hold no attention maps.
     """
-    if feeds:
+    if feeds or config.attention_weight:
         return 0
     views = 1 if config.augmentation == "none" else config.label_views
     return views if kd_steps * config.batch_size > views * images else 0
@@ -225,6 +229,7 @@ class Student:
         self._answer: Callable[[Tensor], Tensor] = self._forward
         self._ask: Callable[[nn.Module, Tensor], Tensor] = partial(soft_labels, amp=amp)
         self._captured: _CapturedStep | None = None
+        self._pairs: AttentionPairs | None = None
 
     def prepare(self, teacher: nn.Module | None, image_size: tuple[int, int, int]) -> None:
         """Compile the networks' passes for KD steps, where that is wanted, before the first is timed.
@@ -232,7 +237,15 @@ class Student:
         Args:
             teacher: the one to be asked in each step; None where its answers are kept.
             image_size: C, H, W.
+
+        Raises:
+            UsageError: attention transfer finds nothing to compare in the two.
         """
+        if self.config.attention_weight and teacher is not None:
+            self._pairs = AttentionPairs(teacher, self.net, torch.full((2, *image_size), 0.5, device=self.device))
+            if self.acceleration.compile:
+                self.acceleration.say("KD steps run as they are: --compile does not go with attention transfer")
+            return
         if not self.acceleration.compile:
             return
         probe = torch.full((self.config.batch_size, *image_size), 128, dtype=torch.uint8, device=self.device)
@@ -290,11 +303,14 @@ class Student:
         """What :meth:`learn` computes of Eq. 12: a function of tensors, which never asks the device for a number."""
         if images.dtype == torch.uint8:
             images = to_float(images)
-        teacher_logits = teacher if isinstance(teacher, Tensor) else self._ask(teacher, images)
         self.optimizer.zero_grad(set_to_none=True)
         with checkpointed(self.net) if self.acceleration.checkpoint else nullcontext():
-            student_logits = self._answer(images)
+            with self._compared(teacher, images) as attention:
+                teacher_logits = teacher if isinstance(teacher, Tensor) else self._ask(teacher, images)
+                student_logits = self._answer(images)
             loss = self._loss(teacher_logits, student_logits)
+            if attention is not None:
+                loss = loss + self.config.attention_weight * attention()
             with statistics_held(self.net) if self.acceleration.checkpoint else nullcontext():
                 loss.backward()
         agreement = (teacher_logits.argmax(1) == student_logits.argmax(1)).float().mean()
@@ -302,6 +318,18 @@ class Student:
             mean_(self.group, [loss.detach(), agreement, *self._gradients()])
         self.optimizer.step()
         return loss.detach(), agreement
+
+    def _compared(
+        self, teacher: nn.Module | Tensor, images: Tensor
+    ) -> AbstractContextManager[Callable[[], Tensor] | None]:
+        """Around a pass of both networks: gives the attention transfer of it, where that is wanted."""
+        if not self.config.attention_weight:
+            return nullcontext()
+        if isinstance(teacher, Tensor):
+            raise ValueError("logits alone hold no attention maps")
+        if self._pairs is None:
+            self._pairs = AttentionPairs(teacher, self.net, images[:2])
+        return self._pairs.compared()
 
     def _loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
         if self.config.loss == "l1":
@@ -559,8 +587,16 @@ class Distillation:
             if distils:
                 yield from self._distil()
             position.round, position.batches, position.kd_steps = position.round + 1, 0, 0
-            self.check()
-            self._remember()
+            if position.round % self._rounds_between_checks == 0:
+                self.check()
+                self._remember()
+
+    @property
+    def _rounds_between_checks(self) -> int:
+        """Rounds that may be lost to a figure that is not finite: one, or as many as make ``CHECK_EVERY`` KD steps."""
+        if self.synthesizer is None or not self.config.synthesis.feeds:
+            return 1
+        return -(-CHECK_EVERY // self.clock.kd_steps_per_round)
 
     def _finished(self) -> bool:
         if self.clock.budget is not None:
@@ -857,6 +893,7 @@ class Distillation:
         if (
             self.group.several
             or not self._distilling
+            or self.config.distillation.attention_weight  # reads activations that would not be kept
             or self.student.acceleration.checkpoint
             or not can_checkpoint(self.student.net)
         ):

@@ -359,7 +359,8 @@ def accelerated(
             )
         needed = plan.get("distillation_memory_bytes", 0)
         if job.student is not None and micro_batch_for(needed, available, job.config.distillation.batch_size):
-            checkpoint = can_checkpoint(job.student.module)
+            # Attention transfer reads activations that would not be kept.
+            checkpoint = can_checkpoint(job.student.module) and not job.config.distillation.attention_weight
             say(
                 f"a KD step would need {needed / 2**30:.1f} GiB: the student keeps few activations and computes the "
                 "others twice"

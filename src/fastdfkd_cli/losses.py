@@ -8,6 +8,9 @@ Distillation", AAAI 2022.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -65,14 +68,55 @@ def logit_l1(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     return (teacher_logits.float() - student_logits.float()).abs().mean()
 
 
+def information_entropy(teacher_logits: Tensor) -> Tensor:
+    """L_ie = -H(mean over the batch of softmax(f_t(x))) in nats: lowest where all classes are equally frequent.
+
+    Minus ln C at balance, 0 where all images are of one class for certain (Chen et al., DAFL, ICCV 2019; Choi et al.,
+    DFQ, 2020, call the entropy that of the batch).
+    """
+    mean = F.softmax(teacher_logits.float(), dim=1).movedim(1, -1).flatten(0, -2).mean(dim=0)
+    return -torch.special.entr(mean.clamp_min(1e-12)).sum()
+
+
+def activation(features: Tensor) -> Tensor:
+    """L_a = -1/B sum_i |f_i|_1 of the features before the classifier (Chen et al., DAFL, ICCV 2019).
+
+    Args:
+        features: ``[B, D]``, or ``[B, D, ...]``, whose positions are averaged over.
+    """
+    return -features.float().abs().sum(dim=1).mean()
+
+
+def attention_map(activations: Tensor) -> Tensor:
+    """Where a layer looks: the mean of its squared channels, of norm 1: ``[B, C, H, W] -> [B, H W]``.
+
+    Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017.
+    """
+    return F.normalize(activations.float().square().mean(dim=1).flatten(1))
+
+
+def attention_transfer(teacher_maps: Sequence[Tensor], student_maps: Sequence[Tensor]) -> Tensor:
+    """The sum over pairs of layers of the mean squared difference of their attention maps, ``[B, H W]`` each.
+
+    As the published code of Micaelli & Storkey (ZSKT, NeurIPS 2019) has it, to whose scale its weight of 250 belongs;
+    the paper writes the norm of the difference instead.
+    """
+    pairs = zip(teacher_maps, student_maps, strict=True)
+    return torch.stack([(teacher - student).square().mean() for teacher, student in pairs]).sum()
+
+
 ADVERSARIAL = {"agreement-kl": adversarial_agreement_kl, "jsd": adversarial_jsd}
 
 __all__ = [
     "ADVERSARIAL",
+    "activation",
     "adversarial_agreement_kl",
     "adversarial_jsd",
+    "attention_map",
+    "attention_transfer",
     "classification",
     "distillation",
+    "information_entropy",
     "logit_l1",
     "jensen_shannon",
     "kl_divergence",
