@@ -37,6 +37,7 @@ SECTIONS = {
 }
 #: A value in range, other than the default, for the numbers whose range is narrow.
 OTHER: dict[str, Any] = {
+    "synthesis.embeddings": "texts.safetensors",
     "synthesis.feature_momentum": 0.25,
     "synthesis.beta1": 0.25,
     "synthesis.beta2": 0.25,

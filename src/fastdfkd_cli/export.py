@@ -65,13 +65,15 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return result
 
 
-def _student_license(student: LoadedModel, teacher: LoadedModel) -> str | None:
+def _student_license(student: LoadedModel, teacher: LoadedModel | None) -> str | None:
     """The licence that all weights behind the student were given under; None where that is not known or not one."""
-    stated = {teacher.license, student.license} if student.pretrained else {teacher.license}
+    stated = {teacher.license} if teacher is not None else set()
+    if student.pretrained:
+        stated.add(student.license)
     return stated.pop() if len(stated) == 1 else None
 
 
-def _config(student: LoadedModel, teacher: LoadedModel) -> dict[str, Any]:
+def _config(student: LoadedModel, teacher: LoadedModel | None) -> dict[str, Any]:
     """The content of ``config.json``."""
     module = plain_module(student.module)
     spec = student.input
@@ -105,7 +107,7 @@ def _config(student: LoadedModel, teacher: LoadedModel) -> dict[str, Any]:
     return config
 
 
-def _metadata(student: LoadedModel, teacher: LoadedModel, report: Mapping[str, Any]) -> dict[str, str]:
+def _metadata(student: LoadedModel, teacher: LoadedModel | None, report: Mapping[str, Any]) -> dict[str, str]:
     """The text pairs in the weights file: enough to load it by itself, and where it comes from."""
     spec, settings = student.input, dict(report.get("config") or {})
     # A user's file:function is left out: a weights file must not name code that somebody else's machine would run.
@@ -122,9 +124,9 @@ def _metadata(student: LoadedModel, teacher: LoadedModel, report: Mapping[str, A
         "crop_pct": spec.crop_pct,
         "classes": student.class_names,
         "license": _student_license(student, teacher),
-        "teacher": teacher.name,
-        "teacher_revision": teacher.revision,
-        "teacher_sha256": teacher.weights_sha256,
+        "teacher": teacher.name if teacher is not None else None,
+        "teacher_revision": teacher.revision if teacher is not None else None,
+        "teacher_sha256": teacher.weights_sha256 if teacher is not None else None,
         "recipe": settings.get("recipe"),
         "seed": settings.get("seed"),
         "config": settings or None,
@@ -156,7 +158,7 @@ def _ordered(content: bytes) -> bytes:
 
 
 def export_student(
-    student: LoadedModel, directory: str | Path, *, teacher: LoadedModel, report: Mapping[str, Any]
+    student: LoadedModel, directory: str | Path, *, teacher: LoadedModel | None, report: Mapping[str, Any]
 ) -> None:
     """Write ``model.safetensors``, ``config.json`` and the model card ``README.md`` into an existing folder.
 
@@ -164,9 +166,10 @@ def export_student(
         student: the trained student; compiled, wrapped, half-precision and channels-last ones are written plain. It is
             left as it is.
         directory: the folder.
-        teacher: what it was distilled from.
+        teacher: what it was distilled from; None for a network that learned from labels.
         report: the run's report. Read, all optional: ``config`` (with ``recipe`` and ``seed``), ``command``,
-            ``images``, ``kd_steps``, ``seconds``, ``quality``, ``evaluation``.
+            ``images``, ``kd_steps`` or ``steps``, ``seconds``, ``quality``, ``validation``, ``evaluation``. Without a
+            teacher, ``data`` (with ``path`` and ``split``) is needed.
 
     Raises:
         FastDFKDError: a weight is not finite, the configuration cannot be written as JSON, or the disk is full.
@@ -197,16 +200,19 @@ def _base_model(model: LoadedModel) -> str | None:
     return name if _REPOSITORY.fullmatch(name) else None
 
 
-def _front_matter(student: LoadedModel, teacher: LoadedModel) -> str:
+def _front_matter(student: LoadedModel, teacher: LoadedModel | None, *, data_free: bool) -> str:
     license = _student_license(student, teacher)
+    tags = ["image-classification"]
+    tags += ["knowledge-distillation"] if teacher is not None else []
+    tags += ["data-free"] if data_free else []
     values: dict[str, Any] = {
-        "tags": ["image-classification", "knowledge-distillation", "data-free"],
+        "tags": tags,
         "pipeline_tag": "image-classification",
     }
     if student.architecture is not None:
         values["library_name"] = "timm"
         values["tags"].insert(1, "timm")
-    bases = [_base_model(teacher), _base_model(student) if student.pretrained else None]
+    bases = [_base_model(model) for model in (teacher, student if student.pretrained else None) if model is not None]
     known = [base for base in bases if base is not None]
     if known:
         values["base_model"] = known[0] if len(known) == 1 else known
@@ -276,10 +282,12 @@ def _made_from(model: LoadedModel) -> str:
     return ", ".join(parts)
 
 
-def _license_text(student: LoadedModel, teacher: LoadedModel) -> str:
+def _license_text(student: LoadedModel, teacher: LoadedModel | None) -> str:
     license = _student_license(student, teacher)
     if license is not None:
         return f"The weights it was made from are published under {safe_code(license)}, which is stated here too."
+    if teacher is None:
+        return "Whether and how these weights may be shared depends on the images; the program does not know it."
     if teacher.license is None:
         return "The teacher's licence is not known to the program; find it out before you share these weights."
     return (
@@ -288,32 +296,61 @@ def _license_text(student: LoadedModel, teacher: LoadedModel) -> str:
     )
 
 
-def model_card(student: LoadedModel, teacher: LoadedModel, report: Mapping[str, Any]) -> str:
+#: What a method is called, and where it was published.
+_METHODS = {
+    "fast": "FastDFKD (Fang et al., *Up to 100x Faster Data-Free Knowledge Distillation*, AAAI 2022)",
+    "deepinversion": "DeepInversion (Yin et al., *Dreaming to Distill*, CVPR 2020)",
+    "cmi": "CMI (Fang et al., *Contrastive Model Inversion for Data-Free Knowledge Distillation*, IJCAI 2021)",
+    "dafl": "DAFL (Chen et al., *Data-Free Learning of Student Networks*, ICCV 2019)",
+    "zskt": "ZSKT (Micaelli & Storkey, *Zero-shot Knowledge Transfer via Adversarial Belief Matching*, NeurIPS 2019)",
+    "dfq": "DFQ (Choi et al., *Data-Free Network Quantization With Adversarial Knowledge Distillation*, CVPRW 2020)",
+    "dfad": "DFAD (Fang et al., *Data-Free Adversarial Distillation*, 2019)",
+    "nayer": "NAYER (Tran et al., *Noisy Layer Data Generation for Efficient and Effective Data-free Knowledge "
+    "Distillation*, CVPR 2024)",
+}
+
+
+def _synthesised_by(settings: Mapping[str, Any], data: Mapping[str, Any] | None) -> str:
+    """The method that made the images: the run's, or that of the set it was given."""
+    if data is not None:
+        header = data.get("header")
+        made_with = header.get("config") if isinstance(header, Mapping) else None
+        settings = made_with if isinstance(made_with, Mapping) else {}
+    method = settings.get("method", "fast")
+    known = _METHODS.get(method) if isinstance(method, str) else None
+    return known or f"the method {safe_code(method)}"
+
+
+def model_card(student: LoadedModel, teacher: LoadedModel | None, report: Mapping[str, Any]) -> str:
     """Return the model card: front matter for the Hub, what it is, how to load it, how it was made, what is known.
 
     Everything that comes from elsewhere (names, references, settings) is escaped.
     """
     settings = report.get("config") or {}
     made: dict[str, Any] = {
+        "method": settings.get("method"),
         "recipe": settings.get("recipe"),
         "seed": settings.get("seed"),
         "images": report.get("images"),
         "distillation steps": report.get("kd_steps"),
+        "training steps": report.get("steps"),
     }
     made |= {f"seconds, {name}": value for name, value in _scalars(report.get("seconds"))}
     data = report.get("data")
-    if data is None or data["synthetic"]:
+    if teacher is None:
+        title = f"# {safe_text(student.name)}, trained on labelled images"
+        about = "An image classifier that was trained from scratch on images and their labels, without a teacher."
+    elif data is None or data["synthetic"]:
         title = f"# {safe_text(student.name)}, distilled from {safe_text(teacher.name)} without its data"
         about = (
             "An image classifier that learned from its teacher alone: no real image was used. Images were synthesised "
-            "from the teacher by FastDFKD (Fang et al., *Up to 100x Faster Data-Free Knowledge Distillation*, "
-            "AAAI 2022)."
+            f"from the teacher by {_synthesised_by(settings, data)}."
         )
     else:
         title = f"# {safe_text(student.name)}, distilled from {safe_text(teacher.name)}"
         about = "An image classifier that learned its teacher's answers on given images; labels were not used."
     parts = [
-        _front_matter(student, teacher),
+        _front_matter(student, teacher, data_free=teacher is not None and (data is None or data["synthetic"])),
         title,
         about,
         _table(
@@ -326,12 +363,14 @@ def model_card(student: LoadedModel, teacher: LoadedModel, report: Mapping[str, 
         "## How to load it",
         _how_to_load(student),
         "## How it was made",
-        f"Teacher: {_made_from(teacher)}.",
     ]
+    if teacher is not None:
+        parts.append(f"Teacher: {_made_from(teacher)}.")
     if student.pretrained:
         parts.append(f"The student started from {_made_from(student)}.")
     if data is not None:
-        parts.append(f"Images: {safe_code(data['path'])}.")
+        split = f", split {safe_code(data['split'])}" if data.get("split") else ""
+        parts.append(f"Images: {safe_code(data['path'])}{split}.")
     parts.append(_table({name: value for name, value in made.items() if value is not None}))
     parts.append(f"Program: fastdfkd {safe_text(__version__)}. All settings are in the metadata of `{WEIGHTS}`.")
     quality = dict(_scalars(report.get("quality")))
@@ -340,6 +379,13 @@ def model_card(student: LoadedModel, teacher: LoadedModel, report: Mapping[str, 
             "## What is known of it without real data",
             "Read off fresh synthetic images that the student never saw; this is no accuracy on real images.",
             _table(quality),
+        ]
+    validation = dict(_scalars(report.get("validation")))
+    if validation:
+        parts += [
+            "## On images kept back from training",
+            "Of the same set; looked at while it was trained, and deciding nothing.",
+            _table(validation),
         ]
     evaluation = dict(_scalars(report.get("evaluation")))
     parts.append("## On real images")

@@ -28,6 +28,7 @@ from fastdfkd_cli.models.files import unwrapped
 from fastdfkd_cli.plan import distillation_plan, synthesis_plan
 from fastdfkd_cli.pool import pool_bytes_per_image
 from fastdfkd_cli.processes import ALONE, Group
+from fastdfkd_cli.quality import signal_config
 from fastdfkd_cli.recipes import get_recipe, with_method
 from fastdfkd_cli.runtime import available_memory, default_amp, describe_device, resolve_device
 from fastdfkd_cli.synthesis import burn_in_batches
@@ -116,11 +117,15 @@ def prepare(
     loaded.module.eval().requires_grad_(False)
     settings = config if config is not None else get_recipe(recipe).config(loaded.input.size)
     settings = override(settings, overrides or {})
-    _check_method(settings, machine.group, student is not None or trains, given)
+    _check_method(settings, machine.group, student is not None, trains, given)
+    if given:
+        settings = with_method(settings, "kd")
     method = f"method {settings.method}, " if settings.method != "fast" else ""
     say(f"{method}recipe {settings.recipe}, seed {settings.seed}")
-    if not given or settings.quality_images:
+    if not given:
         _check_synthesis(settings, loaded, machine.device)
+    if trains and settings.quality_images and settings.method != "fast":
+        _check_synthesis(signal_config(settings, loaded.input.size), loaded, machine.device, of_signal=True)
     pupil = None
     if student is not None:
         with torch.random.fork_rng(devices=[]), first_of_machine(machine.group):
@@ -236,11 +241,22 @@ def divided(config: RunConfig, processes: int) -> RunConfig:
     )
 
 
-def _check_method(config: RunConfig, group: Group, has_student: bool, given: bool) -> None:
-    """Refuse what a method cannot do, before anything is loaded."""
+def _check_method(config: RunConfig, group: Group, has_student: bool, trains: bool, given: bool) -> None:
+    """Refuse what a method cannot do, before the student is loaded."""
     if given:
+        # FastDFKD is the method where none is named, and in the settings of earlier runs.
+        if config.synthesis.makes_images and config.method != "fast":
+            raise UsageError(
+                f"The method {config.method} makes its images, and --data-dir gives them: leave --data-dir out, or "
+                "distil on it with --method kd."
+            )
         return
-    if config.synthesis.needs_student and not has_student:
+    if not config.synthesis.makes_images:
+        raise UsageError(
+            f"The method {config.method} distils on images that are given: "
+            + ("name them with --data-dir." if trains else "there are none to synthesise. Use fastdfkd distill.")
+        )
+    if config.synthesis.needs_student and not (has_student or trains):
         raise UsageError(
             f"The method {config.method} makes its images against a student: name one with --student, whose weights it "
             "has already, or use distill, which trains it meanwhile."
@@ -249,19 +265,26 @@ def _check_method(config: RunConfig, group: Group, has_student: bool, given: boo
         raise UsageError(f"The method {config.method} works in one process: run it without torchrun.")
 
 
-def _check_synthesis(config: RunConfig, teacher: LoadedModel, device: torch.device) -> None:
+def _check_synthesis(config: RunConfig, teacher: LoadedModel, device: torch.device, *, of_signal: bool = False) -> None:
+    """Refuse what images cannot be made with: those of the run, or ``of_signal`` those of the quality signal."""
     augmentation = getattr(config.synthesis, "augmentation", "none")
+    without_signal = "The quality signal is read off such images: leave it out with --set quality_images=0."
     if config.deterministic and device.type == "cuda" and augmentation == "resized-crop-flip":
         raise UsageError(
-            "--deterministic: torch has no repeatable derivative of a resized crop on CUDA. Give "
-            "--set synthesis.augmentation=crop-flip, or run on the CPU."
+            "--deterministic: torch has no repeatable derivative of a resized crop on CUDA. "
+            + (without_signal if of_signal else "Give --set synthesis.augmentation=crop-flip, or run on the CPU.")
         )
     if teacher.input.size[0] > 4:
         raise UsageError(f"{teacher.name} takes {teacher.input.size[0]} channels; images of 1 to 4 can be made.")
     if config.synthesis.needs_statistics and not batch_norm_layers(teacher.module):
         raise UsageError(
-            f"{teacher.name} has no BatchNorm layers, whose statistics the feature term needs. Choose another teacher, "
-            "or switch the term off: --set synthesis.feature_weight=0 (images will be poorer)."
+            f"{teacher.name} has no BatchNorm layers, whose statistics the feature term needs. "
+            + (
+                without_signal
+                if of_signal
+                else "Choose another teacher, or switch the term off: --set synthesis.feature_weight=0 (images will be "
+                "poorer)."
+            )
         )
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from fastdfkd_cli.errors import UsageError, brief
 
-Method = Literal["fast", "dafl", "zskt", "dfq", "dfad", "nayer"]
+Method = Literal["fast", "deepinversion", "cmi", "dafl", "zskt", "dfq", "dfad", "nayer", "kd"]
 Reuse = Literal["none", "sequential", "meta"]
 Images = Literal["generator", "pixel"]
 MetaGradient = Literal["fomaml", "reptile"]
@@ -51,10 +51,18 @@ def _weights(owner: object, *names: str) -> None:
     require(any(getattr(owner, name) for name in names), listed, 0, "not all zero (nothing would be synthesised)")
 
 
+def _descends(owner: object, *names: str) -> None:
+    listed = ", ".join(names[:-1]) + f" and {names[-1]}"
+    some = any(getattr(owner, name) > 0 for name in names)
+    require(some, f"synthesis.{listed}", 0, "not all zero (nothing would be synthesised)")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """What every method has; the others are its own."""
 
+    #: Whether it makes images; otherwise it distils on those that are given.
+    makes_images: ClassVar[bool] = True
     #: Whether it makes nothing without a student to play against.
     needs_student: ClassVar[bool] = False
     #: Whether the student learns from images that are made for each KD step, and not from a pool.
@@ -172,6 +180,106 @@ class SynthesisConfig(MethodConfig):
     def meta_lr(self) -> float:
         """The meta optimiser's learning rate for the generator."""
         return self.lr_generator * self.steps if self.meta_lr_generator is None else self.meta_lr_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepInversionConfig(MethodConfig):
+    """DeepInversion, ``--method deepinversion``; with a student, Adaptive DeepInversion."""
+
+    burn_in: ClassVar[int] = 0
+
+    #: Adam's steps for each batch.
+    steps: int = 1000
+    #: Adam's learning rate for the pixels, in units of a normalised image.
+    lr_pixels: float = 0.1
+    #: Adam's betas.
+    beta1: float = 0.5
+    beta2: float = 0.99
+    #: Weight of the feature term.
+    feature_weight: float = 10.0
+    #: Weight of the class term.
+    class_weight: float = 1.0
+    #: Weight of the adversarial term; it counts only once the student is being trained.
+    adversarial_weight: float = 1.0
+    #: Weight of the total variation.
+    tv_weight: float = 1e-3
+    #: Weight of the pixels' L2 norm.
+    l2_weight: float = 0.0
+    #: The largest shift before the teacher, as a share of the image's side.
+    jitter: float = 0.125
+    #: Whether the teacher sees mirrored images half of the time; digits and text should not be mirrored.
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "synthesis", "steps", "lr_pixels")
+        at_most(self, "synthesis", 2**31, "steps")
+        non_negative(self, "synthesis", "feature_weight", "class_weight", "adversarial_weight", "tv_weight")
+        non_negative(self, "synthesis", "l2_weight")
+        _descends(self, "feature_weight", "class_weight", "adversarial_weight")
+        for name in ("beta1", "beta2", "jitter"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"synthesis.{name}", value, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CMIConfig(MethodConfig):
+    """CMI, ``--method cmi``."""
+
+    burn_in: ClassVar[int] = 0
+
+    #: Adam's steps for each batch.
+    steps: int = 200
+    #: Adam's learning rate for the generator and z.
+    lr_generator: float = 1e-3
+    #: Adam's learning rate for the projection head.
+    lr_head: float = 1e-3
+    #: Adam's betas for the generator and z; the head's are 0.9 and 0.999.
+    beta1: float = 0.5
+    beta2: float = 0.999
+    #: Weight of the feature term.
+    feature_weight: float = 1.0
+    #: Weight of the class term.
+    class_weight: float = 1.0
+    #: Weight of the adversarial term; it counts only once the student is being trained.
+    adversarial_weight: float = 0.5
+    #: Weight of the contrastive term.
+    contrastive_weight: float = 0.8
+    #: Softening in the contrastive term.
+    contrastive_temperature: float = 0.2
+    #: Earlier images that the memory bank holds.
+    bank_size: int = 40_960
+    #: The largest memory bank in MiB; it holds fewer images where their features are long.
+    bank_mib: int = 256
+    #: Earlier images, drawn from the bank in each step, that the batch is told from.
+    negatives: int = 4096
+    #: Numbers that the projection head makes of an image.
+    head_dim: int = 256
+    #: The head's hidden layer is as wide as the teacher's features, up to so many units.
+    head_hidden: int = 4096
+    #: Smallest share of the image that a local view shows.
+    local_scale: float = 0.25
+    #: Whether views are mirrored half of the time; digits and text should not be.
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "synthesis", "steps", "lr_generator", "lr_head", "contrastive_temperature", "bank_size")
+        positive(self, "synthesis", "bank_mib", "negatives", "head_dim", "head_hidden")
+        non_negative(self, "synthesis", "feature_weight", "class_weight", "adversarial_weight", "contrastive_weight")
+        at_most(self, "synthesis", 2**31, "steps", "bank_size", "negatives")
+        at_most(self, "synthesis", 2**20, "bank_mib")
+        at_most(self, "synthesis", 2**16, "head_dim", "head_hidden")
+        _descends(self, "feature_weight", "class_weight", "adversarial_weight", "contrastive_weight")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"synthesis.{name}", value, "in [0, 1)")
+        require(0 < self.local_scale <= 1, "synthesis.local_scale", self.local_scale, "in (0, 1]")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """The contrastive term, too, reads the inputs of BatchNorm layers."""
+        return self.feature_weight > 0 or self.contrastive_weight > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,23 +415,40 @@ class NAYERConfig(MethodConfig):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class KDConfig(MethodConfig):
+    """Plain distillation on given images, ``--method kd`` (Hinton, Vinyals & Dean 2015): nothing is synthesised.
+
+    ``batch_size`` is that of the quality signal's images.
+    """
+
+    makes_images: ClassVar[bool] = False
+    scales: ClassVar[bool] = True
+
+
 #: The section's class by method.
 SETTINGS: dict[str, type[MethodConfig]] = {
     "fast": SynthesisConfig,
+    "deepinversion": DeepInversionConfig,
+    "cmi": CMIConfig,
     "dafl": DAFLConfig,
     "zskt": ZSKTConfig,
     "dfq": DFQConfig,
     "dfad": DFADConfig,
     "nayer": NAYERConfig,
+    "kd": KDConfig,
 }
 
 __all__ = [
     "SETTINGS",
     "Adversarial",
     "Augmentation",
+    "CMIConfig",
     "DAFLConfig",
     "DFADConfig",
+    "DeepInversionConfig",
     "DFQConfig",
+    "KDConfig",
     "Method",
     "MethodConfig",
     "NAYERConfig",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.losses import jensen_shannon
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.pool import to_float
-from fastdfkd_cli.recipes import with_method
+from fastdfkd_cli.recipes import RECIPES, ImageSize, with_method
 from fastdfkd_cli.records import Record
 
 #: The signal's images come from ``seed + QUALITY_SEED``, so that no run shares them by accident.
@@ -55,6 +55,21 @@ class Quality:
         return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
+def signal_config(config: RunConfig, image_size: ImageSize) -> RunConfig:
+    """The settings by which the signal's images are made: FastDFKD's of the run's recipe, whatever its method.
+
+    So that they are images of one kind, and the signals of several methods can be compared.
+    """
+    if config.method == "fast":
+        return config
+    batch_size = config.synthesis.batch_size
+    config = with_method(config, "fast")
+    if config.recipe not in RECIPES:
+        return config
+    recipe = RECIPES[config.recipe].config(image_size)
+    return replace(config, synthesis=replace(recipe.fast, batch_size=batch_size), generator=recipe.generator)
+
+
 class QualitySignal:
     """Make fresh images and compare the two networks on them; iterate, then read :attr:`result`.
 
@@ -76,8 +91,7 @@ class QualitySignal:
         device: torch.device,
         amp: bool,
     ) -> None:
-        # Of whatever method the student is: images of one kind, so that signals can be compared.
-        config = with_method(config, "fast")
+        config = signal_config(config, image_size)
         self.config = config
         self.teacher = teacher
         self.student = student
@@ -183,4 +197,4 @@ def compare(
     )
 
 
-__all__ = ["BURN_IN", "QUALITY_SEED", "Quality", "QualitySignal", "compare"]
+__all__ = ["BURN_IN", "QUALITY_SEED", "Quality", "QualitySignal", "compare", "signal_config"]

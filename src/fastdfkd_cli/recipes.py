@@ -155,8 +155,10 @@ _BEYOND: dict[str, dict[str, Any]] = {
     "dfq": {"distillation.augmentation": "none"},
     "dfad": {"distillation.loss": "l1", "distillation.augmentation": "none"},
 }
-#: Methods that vary an image before the teacher sees it as FastDFKD does, and so as the recipe says (digits: unmirrored).
+#: Methods that vary an image before the teacher sees it as FastDFKD does: as the recipe says (digits: unmirrored).
 _VARY_ALIKE = ("nayer",)
+#: Methods with variations of their own, which mirror an image only where the recipe does.
+_MIRROR_ALIKE = ("deepinversion", "cmi")
 #: KD steps for each step of the generator, of methods whose student learns from the generator itself.
 _KD_STEPS_PER_STEP = {"dafl": 5, "zskt": 5, "dfq": 10, "dfad": 5}
 
@@ -178,6 +180,8 @@ def with_method(config: RunConfig, method: str) -> RunConfig:
     changes: dict[str, Any] = {"method": method, **_BEYOND.get(method, {})}
     if method in _VARY_ALIKE and hasattr(config.synthesis, "augmentation"):
         changes["synthesis.augmentation"] = config.synthesis.augmentation
+    if method in _MIRROR_ALIKE and hasattr(config.synthesis, "augmentation"):
+        changes["synthesis.flip"] = str(config.synthesis.augmentation).endswith("flip")
     turns = _KD_STEPS_PER_STEP.get(method)
     if turns is not None:
         changes |= {
