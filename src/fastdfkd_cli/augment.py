@@ -88,14 +88,16 @@ def resized_crop_flip(images: Tensor, rng: torch.Generator, *, scale: tuple[floa
     return _resized_crop_flip(images, _draw_resized_crop_flip(len(images), rng, scale).to(images.device))
 
 
-def _draw_resized_crop_flip(count: int, rng: torch.Generator, scale: tuple[float, float] = (0.75, 1.0)) -> Tensor:
+def _draw_resized_crop_flip(
+    count: int, rng: torch.Generator, scale: tuple[float, float] = (0.75, 1.0), *, flip: bool = True
+) -> Tensor:
     """Height and width of the crop, its centre, and the direction, all in grid_sample's units."""
     draw = torch.rand(5, count, generator=rng, device=rng.device)
     area = scale[0] + (scale[1] - scale[0]) * draw[0]
     aspect = torch.exp((draw[1] - 0.5) * 2 * math.log(4 / 3))
     wide = (area * aspect).sqrt().clamp(max=1)
     high = (area / aspect).sqrt().clamp(max=1)
-    sign = torch.where(draw[4] < 0.5, -1.0, 1.0)
+    sign = torch.where(draw[4] < (0.5 if flip else 0.0), -1.0, 1.0)
     return torch.stack([high, wide * sign, (1 - wide) * (2 * draw[2] - 1), (1 - high) * (2 * draw[3] - 1)])
 
 
@@ -112,16 +114,25 @@ def _resized_crop_flip(images: Tensor, draws: Tensor) -> Tensor:
     return out.to(images.dtype)
 
 
-def draw_augmentation(kind: Augmentation, count: int, image_size: tuple[int, int, int], rng: torch.Generator) -> Tensor:
+def draw_augmentation(
+    kind: Augmentation,
+    count: int,
+    image_size: tuple[int, int, int],
+    rng: torch.Generator,
+    *,
+    scale: tuple[float, float] = (0.75, 1.0),
+    flip: bool = True,
+) -> Tensor:
     """Draw how ``count`` images are varied: float32 ``[D, count]`` on ``rng``'s device, for :func:`apply_augmentation`.
 
     One small tensor, so that it reaches another device in one copy, and can be kept and used again. D is 0 for
-    ``none``. The padding is an eighth of the shorter side (4 at 32x32).
+    ``none``. The padding is an eighth of the shorter side (4 at 32x32). ``scale`` and ``flip`` are those of
+    ``resized-crop-flip``: the share of the area, and False for crops that are not mirrored.
     """
     if kind == "none":
         return torch.empty(0, count, device=rng.device)
     if kind == "resized-crop-flip":
-        return _draw_resized_crop_flip(count, rng)
+        return _draw_resized_crop_flip(count, rng, scale, flip=flip)
     padding = max(1, min(image_size[1:]) // 8)
     return _draw_crop_flip(count, rng, padding, flip=kind == "crop-flip")
 

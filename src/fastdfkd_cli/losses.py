@@ -105,6 +105,39 @@ def attention_transfer(teacher_maps: Sequence[Tensor], student_maps: Sequence[Te
     return torch.stack([(teacher - student).square().mean() for teacher, student in pairs]).sum()
 
 
+def competition(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
+    """R_compete = 1 - JSD(f_t(x) / tau, f_s(x) / tau), in nats (Yin et al., DeepInversion, 2020, section 3.3)."""
+    return 1 - jensen_shannon(teacher_logits, student_logits, temperature).mean()
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """R_TV: the sum of the L2 norms of ``[B, C, H, W]``'s differences with its neighbours in four directions.
+
+    Over the whole batch, one norm for each of right, below and the two diagonals below (Yin et al., 2020, as their
+    published code has it).
+    """
+    x = images.float()
+    directions = (
+        x[..., :, 1:] - x[..., :, :-1],
+        x[..., 1:, :] - x[..., :-1, :],
+        x[..., 1:, 1:] - x[..., :-1, :-1],
+        x[..., 1:, :-1] - x[..., :-1, 1:],
+    )
+    return sum((torch.linalg.vector_norm(each) for each in directions), x.new_zeros(()))
+
+
+def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """-log( exp(q_i . k_i / tau) / sum over j of exp(q_i . k_j / tau) ), one for each query: ``[N]``.
+
+    Args:
+        queries: ``[N, D]``, of length 1.
+        keys: ``[N, D]``, of length 1: the i-th is the i-th query's partner, all others are what it is told from.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        similarities = queries.float() @ keys.float().T / temperature
+    return F.cross_entropy(similarities, torch.arange(len(queries), device=queries.device), reduction="none")
+
+
 ADVERSARIAL = {"agreement-kl": adversarial_agreement_kl, "jsd": adversarial_jsd}
 
 __all__ = [
@@ -115,9 +148,12 @@ __all__ = [
     "attention_map",
     "attention_transfer",
     "classification",
+    "competition",
     "distillation",
+    "info_nce",
     "information_entropy",
     "logit_l1",
     "jensen_shannon",
     "kl_divergence",
+    "total_variation",
 ]

@@ -22,6 +22,7 @@ from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.distillation import Student, label_views, soft_labels
 from fastdfkd_cli.errors import FastDFKDError
 from fastdfkd_cli.methods import build_method
+from fastdfkd_cli.methods.base import Method
 from fastdfkd_cli.pool import ImagePool, pool_bytes_per_image
 from fastdfkd_cli.runtime import synchronize
 
@@ -122,6 +123,8 @@ def timed_steps(
         )
         try:
             method.synthesize(learner)  # warms up
+            if isinstance(method, Method):
+                method.settle()
             began = time.perf_counter()
             method.synthesize(learner)
             synchronize(device)

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from fastdfkd_cli.acceleration import EAGER, Acceleration
 from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.methods.base import SyntheticBatch
+from fastdfkd_cli.methods.cmi import CMI
 from fastdfkd_cli.methods.dafl import DAFL
+from fastdfkd_cli.methods.deepinversion import DeepInversion
 from fastdfkd_cli.methods.dfad import DFAD
 from fastdfkd_cli.methods.dfq import DFQ
 from fastdfkd_cli.methods.fast_meta import FastMeta
-from fastdfkd_cli.methods.zskt import ZSKT
+from fastdfkd_cli.methods.generative_dfd import GenerativeDFD
 from fastdfkd_cli.methods.nayer import NAYER
+from fastdfkd_cli.methods.zskt import ZSKT
 from fastdfkd_cli.processes import ALONE, Group
 
 
@@ -77,11 +80,14 @@ class Synthesizer(Protocol):
 
 METHODS: dict[str, Callable[..., Synthesizer]] = {
     "fast": FastMeta,
+    "deepinversion": DeepInversion,
+    "cmi": CMI,
     "dafl": DAFL,
     "zskt": ZSKT,
     "dfq": DFQ,
     "dfad": DFAD,
     "nayer": NAYER,
+    "generative-dfd": GenerativeDFD,
 }
 
 

@@ -160,11 +160,11 @@ class Method(ABC, Generic[SettingsT]):
         """Classes, uniform at random: int64 ``[count]`` on the device."""
         return to_device(torch.randint(self.num_classes, (count,), generator=self.rng), self.device)
 
-    def new_generator(self) -> Generator:
-        """A generator with first weights that follow from :attr:`rng`, in training mode."""
+    def new_generator(self, rng: torch.Generator | None = None) -> Generator:
+        """A generator with first weights that follow from ``rng`` (default: :attr:`rng`), in training mode."""
         # torch's layers draw their first weights from the global state: lend them one that follows from ours.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=self.rng)))
+            torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=rng or self.rng)))
             generator = Generator(self.generator_config, self.image_size)
         return generator.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
@@ -181,6 +181,9 @@ class Method(ABC, Generic[SettingsT]):
 
     def prepare(self, student: nn.Module | None = None) -> None:
         """Nothing is compiled for this method."""
+
+    def settle(self) -> None:
+        """Bring about what most batches of a run are made in, where the first ones cost less: for timing alone."""
 
     def training_batch(self, count: int) -> Tensor:
         raise NotImplementedError("the student learns from the pool")
