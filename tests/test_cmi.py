@@ -15,6 +15,7 @@ from fastdfkd_cli.method_config import Augmentation, CMIConfig
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.methods.cmi import CMI, MemoryBank, view_features
 from fastdfkd_cli.models import ModelOptions
+from fastdfkd_cli.plan import timed_steps
 from fastdfkd_cli.recipes import get_recipe, with_method
 from tiny import CLASSES, SIZE, TinyNet, assert_same_state, config, hooks_on, net, state_of, teacher
 
@@ -362,3 +363,21 @@ def test_a_teacher_without_norms_is_refused_for_either_term() -> None:
     assert CMIConfig(feature_weight=0).needs_statistics
     with pytest.raises(ValueError, match="running statistics"):
         method(settings(synthesis__feature_weight=0), teacher(norm=False))
+
+
+def test_a_plan_times_a_batch_that_is_told_from_a_full_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batches find little in the bank, and are faster than the rest of a run."""
+    sizes: list[int] = []
+    original = losses.info_nce
+
+    def watched(queries: Tensor, *others: Any) -> Tensor:
+        sizes.append(len(queries))
+        return original(queries, *others)
+
+    monkeypatch.setattr(losses, "info_nce", watched)
+    run = settings(synthesis__steps=10, synthesis__negatives=20)
+    costs = timed_steps(
+        run, teacher(), net(1), image_size=SIZE, num_classes=CLASSES, device=CPU, amp=False, trains=False
+    )
+    assert sizes == [4, 4, 24, 24]
+    assert costs["synthesis_batch"] > 0
