@@ -305,6 +305,7 @@ _METHODS = {
     "zskt": "ZSKT (Micaelli & Storkey, *Zero-shot Knowledge Transfer via Adversarial Belief Matching*, NeurIPS 2019)",
     "dfq": "DFQ (Choi et al., *Data-Free Network Quantization With Adversarial Knowledge Distillation*, CVPRW 2020)",
     "dfad": "DFAD (Fang et al., *Data-Free Adversarial Distillation*, 2019)",
+    "generative-dfd": "Generative DFD (Luo et al., *Large-Scale Generative Data-Free Distillation*, 2020)",
     "nayer": "NAYER (Tran et al., *Noisy Layer Data Generation for Efficient and Effective Data-free Knowledge "
     "Distillation*, CVPR 2024)",
 }

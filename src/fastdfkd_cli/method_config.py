@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from fastdfkd_cli.errors import UsageError, brief
 
-Method = Literal["fast", "deepinversion", "cmi", "dafl", "zskt", "dfq", "dfad", "nayer", "kd"]
+Method = Literal["fast", "deepinversion", "cmi", "dafl", "zskt", "dfq", "dfad", "nayer", "generative-dfd", "kd"]
 Reuse = Literal["none", "sequential", "meta"]
 Images = Literal["generator", "pixel"]
 MetaGradient = Literal["fomaml", "reptile"]
@@ -416,6 +416,53 @@ class NAYERConfig(MethodConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerativeDFDConfig(MethodConfig):
+    """Generative DFD, ``--method generative-dfd``."""
+
+    burn_in: ClassVar[int] = 0
+
+    #: Gradient steps for each class's generator, which is trained when its class is first asked for.
+    steps: int = 500
+    #: Adam's learning rate for a generator.
+    lr_generator: float = 1e-3
+    #: Adam's betas.
+    beta1: float = 0.5
+    beta2: float = 0.999
+    #: Weight of the feature term; 0 switches it off.
+    feature_weight: float = 10.0
+    #: Weight of the class term.
+    class_weight: float = 1.0
+    #: Classes that share a batch.
+    classes_per_batch: int = 1
+    #: Trained generators that are kept in memory and in checkpoints, in MiB; the others go to a temporary folder.
+    memory_mib: int = 256
+    #: What stands between an image and the teacher while a generator is trained.
+    augmentation: Augmentation = "crop-flip"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "synthesis", "steps", "lr_generator", "classes_per_batch")
+        non_negative(self, "synthesis", "feature_weight", "class_weight", "memory_mib")
+        at_most(self, "synthesis", 2**31, "steps")
+        at_most(self, "synthesis", 2**20, "memory_mib")
+        require(
+            self.classes_per_batch <= self.batch_size // 2,
+            "synthesis.classes_per_batch",
+            self.classes_per_batch,
+            f"at most half of synthesis.batch_size ({self.batch_size})",
+        )
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"synthesis.{name}", value, "in [0, 1)")
+        require(
+            self.feature_weight + self.class_weight > 0,
+            "synthesis.feature_weight and class_weight",
+            0,
+            "not both zero (nothing would be synthesised)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class KDConfig(MethodConfig):
     """Plain distillation on given images, ``--method kd`` (Hinton, Vinyals & Dean 2015): nothing is synthesised.
 
@@ -436,6 +483,7 @@ SETTINGS: dict[str, type[MethodConfig]] = {
     "dfq": DFQConfig,
     "dfad": DFADConfig,
     "nayer": NAYERConfig,
+    "generative-dfd": GenerativeDFDConfig,
     "kd": KDConfig,
 }
 
@@ -448,6 +496,7 @@ __all__ = [
     "DFADConfig",
     "DeepInversionConfig",
     "DFQConfig",
+    "GenerativeDFDConfig",
     "KDConfig",
     "Method",
     "MethodConfig",

@@ -156,7 +156,7 @@ _BEYOND: dict[str, dict[str, Any]] = {
     "dfad": {"distillation.loss": "l1", "distillation.augmentation": "none"},
 }
 #: Methods that vary an image before the teacher sees it as FastDFKD does: as the recipe says (digits: unmirrored).
-_VARY_ALIKE = ("nayer",)
+_VARY_ALIKE = ("nayer", "generative-dfd")
 #: Methods with variations of their own, which mirror an image only where the recipe does.
 _MIRROR_ALIKE = ("deepinversion", "cmi")
 #: KD steps for each step of the generator, of methods whose student learns from the generator itself.
