@@ -19,7 +19,7 @@ HEAVY = {"huggingface_hub", "safetensors", "timm", "torch", "torchvision"}
 #: From the ground up. A module imports from its own row (without cycles) and from those before it.
 LAYERS = (
     {"errors", "host", "stopping"},
-    {"config", "method_config", "processes", "records", "recipes", "settings"},
+    {"config", "method_config", "processes", "records", "recipes", "settings", "training_config"},
     {
         "acceleration",
         "architectures",
@@ -37,11 +37,12 @@ LAYERS = (
     },
     {"attention", "bn_stats", "data", "models", "pool", "synced_norm"},
     {"checkpoint", "dataset", "export", "methods"},
-    {"distillation", "evaluation", "plan", "quality", "synthesis"},
+    {"distillation", "evaluation", "plan", "quality", "synthesis", "training"},
     {"resume"},
     {"job"},
-    {"api", "console"},
+    {"api", "api_train", "console"},
     {"cli_options"},
+    {"cli_train"},
     {"cli"},
     {"__main__"},
 )
@@ -51,6 +52,7 @@ LIGHT = {
     "__main__",
     "cli",
     "cli_options",
+    "cli_train",
     "config",
     "console",
     "errors",
@@ -60,6 +62,7 @@ LIGHT = {
     "records",
     "settings",
     "stopping",
+    "training_config",
 }
 
 
@@ -154,6 +157,7 @@ import json, sys
 from fastdfkd_cli.__main__ import main
 words = [["--help"], ["--version"], ["recipes"], ["recipes", "--show", "smoke"], ["distill"], ["nonsense"],
          ["distill", "--help"], ["synthesize", "--help"], ["evaluate", "--help"], ["recipes", "--help"],
+         ["train", "--help"], ["train", "cifar/wrn10_1", "--data-dir", "a", "--set", "nonsense=1"],
          ["distill", "--teacher", "a", "--student", "b", "--recipe", "nonsense"],
          ["distill", "--teacher", "a", "--student", "b", "--set", "nonsense=1"]]
 codes = [main(each) for each in words]
@@ -164,7 +168,7 @@ print("\\n" + json.dumps({"codes": codes, "modules": sorted(sys.modules)}))
 def test_help_and_typing_errors_load_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, text=True, timeout=60, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["codes"] == [0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 2, 2]
+    assert found["codes"] == [0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 0, 2, 2, 2]
     assert not HEAVY & set(found["modules"])
     assert "Traceback" not in done.stderr
 
@@ -175,12 +179,16 @@ def test_public_names() -> None:
         "ModelOptions",
         "RunConfig",
         "SynthesizeResult",
+        "TrainResult",
+        "TrainingConfig",
         "__version__",
         "distill",
         "evaluate",
         "plan_distill",
         "plan_synthesize",
+        "plan_train",
         "synthesize",
+        "train",
     ]
     for name in fastdfkd_cli.__all__:
         assert getattr(fastdfkd_cli, name) is not None

@@ -26,19 +26,25 @@ if TYPE_CHECKING:
         plan_synthesize,
         synthesize,
     )
+    from fastdfkd_cli.api_train import TrainResult, plan_train, train
     from fastdfkd_cli.config import RunConfig
     from fastdfkd_cli.models import ModelOptions
+    from fastdfkd_cli.training_config import TrainingConfig
 
 _WHERE = {
     "DistillResult": "fastdfkd_cli.api",
     "ModelOptions": "fastdfkd_cli.models",
     "RunConfig": "fastdfkd_cli.config",
     "SynthesizeResult": "fastdfkd_cli.api",
+    "TrainResult": "fastdfkd_cli.api_train",
+    "TrainingConfig": "fastdfkd_cli.training_config",
     "distill": "fastdfkd_cli.api",
     "evaluate": "fastdfkd_cli.api",
     "plan_distill": "fastdfkd_cli.api",
     "plan_synthesize": "fastdfkd_cli.api",
+    "plan_train": "fastdfkd_cli.api_train",
     "synthesize": "fastdfkd_cli.api",
+    "train": "fastdfkd_cli.api_train",
 }
 
 __all__ = [
@@ -46,12 +52,16 @@ __all__ = [
     "ModelOptions",
     "RunConfig",
     "SynthesizeResult",
+    "TrainResult",
+    "TrainingConfig",
     "__version__",
     "distill",
     "evaluate",
     "plan_distill",
     "plan_synthesize",
+    "plan_train",
     "synthesize",
+    "train",
 ]
 
 

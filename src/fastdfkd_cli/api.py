@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,16 @@ from fastdfkd_cli.pool import ImagePool
 from fastdfkd_cli.processes import ALONE, Group, Part
 from fastdfkd_cli.quality import Quality, QualitySignal
 from fastdfkd_cli.records import MetricsLog, Record
-from fastdfkd_cli.resume import Keeper, Unfinished, checkpoint_folder, digest_of, finished, identity
+from fastdfkd_cli.resume import (
+    Keeper,
+    Unfinished,
+    digest_of,
+    finished,
+    folder_for,
+    identity,
+    noting,
+    open_checkpoints,
+)
 from fastdfkd_cli.runtime import (
     describe_device,
     deterministic_algorithms,
@@ -163,7 +172,7 @@ def distill(
     say = on_message or silent
     kept: list[Path] = []
     with ExitStack() as stack:
-        stack.enter_context(_noting(kept))
+        stack.enter_context(noting(kept))
         machine = Machine.choose(device, amp, say, group)
         together = stack.enter_context(ExitStack())
         together.enter_context(joined(group, machine.device, say=fail or silent))
@@ -196,10 +205,10 @@ def distill(
             if done is not None:
                 load_exported(Path(output or ""), job.student)
             return DistillResult(job.student.module, Path(output or "") if group.leads else None, done or {})
-        folder = _checkpoint_folder(output, resume)
+        folder = folder_for(output, resume)
         checkpoints = None
         if folder is not None and group.leads:
-            checkpoints = _open_checkpoints(stack, folder, about, output, resume, overwrite, say)
+            checkpoints = open_checkpoints(stack, folder, about, output, resume, overwrite, say)
         if folder is not None:
             kept.append(checkpoints.folder if checkpoints is not None else folder)
         latest = Unfinished.told(group, checkpoints)
@@ -268,57 +277,6 @@ def _shares_line(job: Job, given: SyntheticSet | None) -> str:
         if config.schedule.time_budget is None:
             parts.append(f"each process makes {config.synthetic_images:,} images")
     return ", ".join(parts)
-
-
-def _checkpoint_folder(output: str | Path | None, resume: str | Path | None) -> Path | None:
-    """Where the run is saved; None: nowhere."""
-    if resume is not None and str(resume) != "auto":
-        return Path(resume)
-    if output is not None:
-        return checkpoint_folder(output)
-    if resume is not None:
-        raise UsageError("resume='auto' goes on with the run of an output: name it, or the folder of checkpoints.")
-    return None
-
-
-def _open_checkpoints(
-    stack: ExitStack,
-    folder: Path,
-    about: Mapping[str, Any],
-    output: str | Path | None,
-    resume: str | Path | None,
-    overwrite: bool,
-    say: OnMessage,
-) -> Checkpoints:
-    """The checkpoints of the run, and of the unfinished one that it goes on with, if any."""
-    found = stack.enter_context(
-        Checkpoints.open(folder, about, resume=resume is not None, begin_anew=overwrite and resume is None, say=say)
-    )
-    if output is not None:
-        StagedDirectory(output, overwrite).drop_abandoned()
-    if resume is not None and str(resume) != "auto" and found.latest is None:
-        raise UsageError(f"{folder} holds no checkpoint: check the path, or leave --resume out.")
-    return found
-
-
-@contextmanager
-def _noting(kept: list[Path]) -> Iterator[None]:
-    """Say of an end before the end what there is to go on from.
-
-    Args:
-        kept: the folder of checkpoints, once it is known.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, FastDFKDError) as end:
-        for folder in kept:
-            if any(folder.glob("checkpoint-*.json")) and "--resume" not in str(end):  # there is a whole one
-                note = f"the last checkpoint is kept in {folder}: --resume auto goes on with it"
-                if isinstance(end, FastDFKDError):
-                    end.args = FastDFKDError(f"{end} {note[0].upper()}{note[1:]}.").args
-                elif not getattr(end, "__notes__", None):
-                    end.add_note(note)
-        raise
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ from fastdfkd_cli.cli_options import (
     slug,
     write_results,
 )
+from fastdfkd_cli.cli_train import train
 from fastdfkd_cli.console import (
     Progress,
     print_columns,
@@ -561,6 +562,9 @@ def evaluate(
     # Not `top1 < min_top1`: a top1 that is not a number has not reached anything.
     if min_top1 is not None and not row["top1"] >= min_top1:
         raise ThresholdError(f"top1 is {row['top1']:.2f} %, below --min-top1 {min_top1:g} %.")
+
+
+app.command(cls=Command)(train)
 
 
 @app.command(cls=Command)

@@ -315,7 +315,7 @@ def _apply(config: RunConfig, flat: Mapping[str, Any]) -> RunConfig:
     known = list(field_names())
     flat = dict(flat)
     if "method" in flat:
-        method = _coerce("method", flat.pop("method"), typing.get_type_hints(RunConfig)["method"])
+        method = coerce("method", flat.pop("method"), typing.get_type_hints(RunConfig)["method"])
         if method != config.method:
             section = SETTINGS[method](batch_size=config.synthesis.batch_size)
             config = dataclasses.replace(config, method=method, synthesis=section)
@@ -330,7 +330,7 @@ def _apply(config: RunConfig, flat: Mapping[str, Any]) -> RunConfig:
         if name not in hints:
             own = ", ".join(item.name for item in dataclasses.fields(owner))
             raise UsageError(f"{key} is no setting of the method {config.method}, which has {own}.")
-        checked = _coerce(key, value, hints[name])
+        checked = coerce(key, value, hints[name])
         if section_name:
             sections.setdefault(section_name, {})[name] = checked
         else:
@@ -340,8 +340,16 @@ def _apply(config: RunConfig, flat: Mapping[str, Any]) -> RunConfig:
     return dataclasses.replace(config, **top)
 
 
-def _coerce(key: str, value: Any, hint: Any) -> Any:
-    """Check ``value`` against a field's type; whole numbers pass as floats, nothing else is bent."""
+def coerce(key: str, value: Any, hint: Any) -> Any:
+    """Check ``value`` against a field's type; whole numbers pass as floats, nothing else is bent.
+
+    Args:
+        key: the setting, for the message.
+        hint: the field's type.
+
+    Raises:
+        UsageError: it is of another type.
+    """
     options: tuple[Any, ...] = (hint,)
     if isinstance(hint, types.UnionType):
         options = typing.get_args(hint)
@@ -381,6 +389,7 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "SynthesisConfig",
+    "coerce",
     "field_names",
     "from_dict",
     "full_key",

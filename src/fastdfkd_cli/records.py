@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Phase = Literal["plan", "synthesis", "distillation", "evaluation", "quality", "export"]
+Phase = Literal["plan", "reading", "synthesis", "distillation", "training", "evaluation", "quality", "export"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ from fastdfkd_cli.distributed import (
     text_of_leader,
     wait_for_all,
 )
-from fastdfkd_cli.errors import UnavailableError, brief
+from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError, brief
 from fastdfkd_cli.models import LoadedModel
-from fastdfkd_cli.output import is_own_folder, plain_json
+from fastdfkd_cli.output import StagedDirectory, is_own_folder, plain_json
 from fastdfkd_cli.pool import StoredPool, redealt
 from fastdfkd_cli.processes import ALONE, Group
 from fastdfkd_cli.records import MetricsLog
@@ -379,4 +380,65 @@ def checkpoint_folder(output: str | Path) -> Path:
     return output.with_name(f"{output.resolve().name}.checkpoints")
 
 
-__all__ = ["Keeper", "Unfinished", "checkpoint_folder", "digest_of", "finished", "identity"]
+def folder_for(output: str | Path | None, resume: str | Path | None) -> Path | None:
+    """Where the run is saved; None: nowhere."""
+    if resume is not None and str(resume) != "auto":
+        return Path(resume)
+    if output is not None:
+        return checkpoint_folder(output)
+    if resume is not None:
+        raise UsageError("resume='auto' goes on with the run of an output: name it, or the folder of checkpoints.")
+    return None
+
+
+def open_checkpoints(
+    stack: ExitStack,
+    folder: Path,
+    about: Mapping[str, Any],
+    output: str | Path | None,
+    resume: str | Path | None,
+    overwrite: bool,
+    say: Callable[[str], None],
+) -> Checkpoints:
+    """The checkpoints of the run, and of the unfinished one that it goes on with, if any."""
+    found = stack.enter_context(
+        Checkpoints.open(folder, about, resume=resume is not None, begin_anew=overwrite and resume is None, say=say)
+    )
+    if output is not None:
+        StagedDirectory(output, overwrite).drop_abandoned()
+    if resume is not None and str(resume) != "auto" and found.latest is None:
+        raise UsageError(f"{folder} holds no checkpoint: check the path, or leave --resume out.")
+    return found
+
+
+@contextmanager
+def noting(kept: list[Path]) -> Iterator[None]:
+    """Say of an end before the end what there is to go on from.
+
+    Args:
+        kept: the folder of checkpoints, once it is known.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, FastDFKDError) as end:
+        for folder in kept:
+            if any(folder.glob("checkpoint-*.json")) and "--resume" not in str(end):  # there is a whole one
+                note = f"the last checkpoint is kept in {folder}: --resume auto goes on with it"
+                if isinstance(end, FastDFKDError):
+                    end.args = FastDFKDError(f"{end} {note[0].upper()}{note[1:]}.").args
+                elif not getattr(end, "__notes__", None):
+                    end.add_note(note)
+        raise
+
+
+__all__ = [
+    "Keeper",
+    "Unfinished",
+    "checkpoint_folder",
+    "digest_of",
+    "finished",
+    "folder_for",
+    "identity",
+    "noting",
+    "open_checkpoints",
+]

@@ -127,21 +127,23 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         full = full_key(key.strip())
         if full == "recipe":
             raise UsageError("--set puts settings on a recipe; choose the recipe itself with --recipe NAME.")
-        settings[full] = _plain(full, parse_value(value.strip()))
+        settings[full] = plain_value(parse_value(value.strip()), full)
         if value.strip().lower() == "none" and _is_choice(full, "none"):
             settings[full] = "none"  # a word here (synthesis.reuse=none), and "unset" elsewhere
     return settings
 
 
-def read_config(source: str) -> tuple[str | None, dict[str, Any]]:
-    """Read a YAML or JSON file (``-``: standard input) and return its recipe, if it names one, and its settings.
+def _name_of(source: str) -> str:
+    return "standard input" if source == "-" else source
 
-    The file nests as ``fastdfkd recipes --show NAME`` prints it. A ``report.json`` works too: its ``config`` is read.
+
+def read_mapping(source: str) -> Mapping[Any, Any]:
+    """Read a YAML or JSON file (``-``: standard input) of settings; of a ``report.json``, its ``config``.
 
     Raises:
-        UsageError: the file is not there, not YAML or JSON, or has an unknown key.
+        UsageError: the file is not there, or not YAML or JSON.
     """
-    name = "standard input" if source == "-" else source
+    name = _name_of(source)
     try:
         text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -175,15 +177,26 @@ def read_config(source: str) -> tuple[str | None, dict[str, Any]]:
         content = content["config"]
     if not isinstance(content, Mapping):
         raise UsageError(f"The config file {name} must hold settings as key: value, not {type(content).__name__}.")
+    return content
+
+
+def read_config(source: str) -> tuple[str | None, dict[str, Any]]:
+    """Read a file of settings (see :func:`read_mapping`) and return its recipe, if it names one, and the settings.
+
+    The file nests as ``fastdfkd recipes --show NAME`` prints it.
+
+    Raises:
+        UsageError: as :func:`read_mapping`; an unknown key.
+    """
     settings: dict[str, Any] = {}
-    for key, value in content.items():
+    for key, value in read_mapping(source).items():
         section = value if isinstance(value, Mapping) else None
         for full, item in [(str(key), value)] if section is None else [(f"{key}.{k}", v) for k, v in section.items()]:
             known = full_key(full)
-            settings[known] = _plain(known, item)
+            settings[known] = plain_value(item, known)
     recipe = settings.pop("recipe", None)
     if recipe is not None and not isinstance(recipe, str):
-        raise UsageError(f"recipe in the config file {name} must be a name, not {brief(recipe)}.")
+        raise UsageError(f"recipe in the config file {_name_of(source)} must be a name, not {brief(recipe)}.")
     return (None if recipe == _NO_RECIPE else recipe), settings
 
 
@@ -223,7 +236,7 @@ def _is_choice(key: str, word: str) -> bool:
     return True
 
 
-def _plain(key: str, value: Any) -> Any:
+def plain_value(value: Any, key: str = "") -> Any:
     """Undo what YAML leaves as text: ``1e-3`` has no dot and so is no number to YAML 1.1; durations have units."""
     if isinstance(value, str):
         if key == _TIME_BUDGET:
@@ -240,6 +253,8 @@ __all__ = [
     "parse_input_size",
     "parse_interval",
     "parse_numbers",
+    "plain_value",
     "read_config",
+    "read_mapping",
     "resolve",
 ]

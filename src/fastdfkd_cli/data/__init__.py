@@ -1,4 +1,4 @@
-"""Real images for evaluation: where they lie, what their classes are, and how a model is fed with them.
+"""Real images for evaluation and training: where they lie, what their classes are, and how a model is fed with them.
 
 ::
 
@@ -17,8 +17,16 @@ Images leave here as uint8 ``[B, C, H, W]``; the model's own wrapper normalises 
 
 from __future__ import annotations
 
-from fastdfkd_cli.data.sets import EvaluationData, evaluation_input
-from fastdfkd_cli.data.sources import BUILTIN_DIGITS, open_evaluation_data
+from fastdfkd_cli.data.sets import EvaluationData, evaluation_input, picture_size
+from fastdfkd_cli.data.sources import BUILTIN_DIGITS, open_evaluation_data, open_training_data
 from fastdfkd_cli.data.views import Source
 
-__all__ = ["BUILTIN_DIGITS", "EvaluationData", "Source", "evaluation_input", "open_evaluation_data"]
+__all__ = [
+    "BUILTIN_DIGITS",
+    "EvaluationData",
+    "Source",
+    "evaluation_input",
+    "open_evaluation_data",
+    "open_training_data",
+    "picture_size",
+]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from fastdfkd_cli.data.files import DECODE_ERRORS, first_line, open_picture, quiet
 from fastdfkd_cli.data.views import Source, load_batches
-from fastdfkd_cli.errors import UsageError
+from fastdfkd_cli.errors import UnavailableError, UsageError
 from fastdfkd_cli.models import InputSpec
 
 
@@ -92,6 +94,26 @@ class EvaluationData:
             UnavailableError: an image cannot be read, or has no label.
         """
         return load_batches(self.name, self.source, self.label_map, inputs, batch_size, workers, pin_memory)
+
+
+def picture_size(data: EvaluationData) -> tuple[int, int, int] | None:
+    """Channels (1 for grey, 3 for anything else), height and width of the first picture; None for a stream.
+
+    Raises:
+        UnavailableError: it cannot be read.
+    """
+    source: Any = data.source
+    if not hasattr(source, "open"):
+        return None
+    try:
+        picture, _ = source.open(0)
+        if not isinstance(picture, Image.Image):
+            with quiet(), picture as file:
+                picture = open_picture(file)
+    except DECODE_ERRORS as error:
+        reason = first_line(error)
+        raise UnavailableError(f"{data.name}: {source.filename(0)}: not a readable image ({reason}).") from None
+    return (1 if picture.mode in ("1", "L") else 3), picture.height, picture.width
 
 
 def evaluation_input(spec: InputSpec, *, img_size: int | None = None, crop_pct: float | None = None) -> InputSpec:

@@ -79,6 +79,26 @@ def open_evaluation_data(
     return _open_named(dataset, None if data_dir is None else str(data_dir), split)
 
 
+def open_training_data(
+    *, data_dir: str | os.PathLike[str] | None = None, dataset: str | None = None, split: str | None = None
+) -> EvaluationData:
+    """Open labelled images to train on: whatever :func:`open_evaluation_data` opens, but for ``builtin/digits``.
+
+    Args:
+        split: which part; None: the training images, or all of a folder that is not divided.
+
+    Raises:
+        As :func:`open_evaluation_data`.
+    """
+    if dataset is None and data_dir is None:
+        raise UsageError("No images to train on: give --data-dir DIR, --dataset NAME or both.")
+    if BUILTIN_DIGITS in (dataset, str(data_dir)):
+        raise UsageError(f"{BUILTIN_DIGITS} holds only its test images, to be judged on: train on other images.")
+    if dataset is None and split is None:
+        return _open_path(Path(str(data_dir)), TRAIN_SPLITS[0], whole=True)
+    return open_evaluation_data(data_dir=data_dir, dataset=dataset, split=split or TRAIN_SPLITS[0])
+
+
 def _open_digits(split: str) -> EvaluationData:
     if split not in (*VALIDATION_SPLITS, "test"):
         raise UsageError(f"{BUILTIN_DIGITS} holds only its test images: --split test, not {split!r}.")
@@ -108,7 +128,8 @@ class _FileSource:
         return self.files[index].name
 
 
-def _open_path(path: Path, split: str) -> EvaluationData:
+def _open_path(path: Path, split: str, *, whole: bool = False) -> EvaluationData:
+    """Open a folder or a tar; with ``whole``, a folder without splits is taken whole, whatever the split."""
     if not path.exists():
         raise UnavailableError(f"There is no folder or file {path}.")
     found: str | None = None
@@ -120,7 +141,7 @@ def _open_path(path: Path, split: str) -> EvaluationData:
     elif not path.is_dir():
         raise UsageError(f"{path} is neither a folder nor a .tar file.")
     else:
-        root, found = _split_folder(path, split)
+        root, found = _split_folder(path, split, whole=whole)
         shards = tars_in_folder(root)
         listed = _manifest_classes(root / "manifest.json") if shards else None
         # A synthetic set keeps grids of its images beside the shards: they are not of the set.
@@ -153,7 +174,7 @@ def _split_names(split: str) -> tuple[str, ...]:
     return (split,)
 
 
-def _split_folder(root: Path, split: str) -> tuple[Path, str | None]:
+def _split_folder(root: Path, split: str, *, whole: bool) -> tuple[Path, str | None]:
     """Find the split's folder under ``root``; a folder without splits is taken whole."""
     for name in _split_names(split):
         if (root / name).is_dir():
@@ -161,7 +182,7 @@ def _split_folder(root: Path, split: str) -> tuple[Path, str | None]:
     folders = sorted(item.name for item in root.iterdir() if item.is_dir() and not item.name.startswith("."))
     if folders and all(name.lower() in _ALL_SPLITS for name in folders):
         raise UsageError(f"{root} has no split {split!r}: it has {', '.join(folders)} (--split {folders[0]}).")
-    if split not in VALIDATION_SPLITS and folders:
+    if not whole and split not in VALIDATION_SPLITS and folders:
         raise UsageError(f"{root} has no folder {split!r}: leave --split out to take all of it.")
     return root, None
 

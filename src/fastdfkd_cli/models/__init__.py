@@ -223,6 +223,46 @@ def load_student(reference: str | nn.Module, options: ModelOptions = _NO_OPTIONS
     return loaded
 
 
+def load_untrained(
+    reference: str | nn.Module, spec: InputSpec, num_classes: int, class_names: tuple[str, ...] | None = None
+) -> LoadedModel:
+    """Build a network to be trained from scratch (seed torch before). ``module`` comes in training mode.
+
+    Args:
+        reference: an architecture, or a module (which is used, and trained, as it is).
+        spec: what it will be fed.
+        num_classes: its classes.
+        class_names: their names, in order.
+
+    Raises:
+        UsageError: it has weights already, or cannot have these classes or this input.
+    """
+    like = LoadedModel(
+        module=nn.Identity(), reference="", name="the images", source="module", input=spec, num_classes=num_classes
+    )
+    if isinstance(reference, nn.Module):
+        loaded = _load_module(reference, _NO_OPTIONS, "model", like)
+    else:
+        a = _resolve(reference).architecture
+        if a is None:
+            raise UsageError(f"{reference} has weights already: name an architecture, such as cifar/wrn16_2.")
+        loaded = _from_scratch(a, _NO_OPTIONS, reference, like)
+    if loaded.num_classes != num_classes:
+        raise UsageError(f"{loaded.name} has {loaded.num_classes} outputs for {num_classes} classes of images.")
+    loaded.class_names = class_names
+    loaded.module.train()
+    return loaded
+
+
+def usual_size(reference: str | nn.Module) -> tuple[int, int, int] | None:
+    """The input size that an architecture is known for; None where it says none, or has weights already."""
+    if isinstance(reference, nn.Module):
+        return None
+    a = _resolve(reference).architecture
+    size = a.config().get("input_size") if a is not None else None
+    return (size[0], size[1], size[2]) if size else None
+
+
 def _from_scratch(a: Architecture | None, options: ModelOptions, reference: str, like: LoadedModel) -> LoadedModel:
     assert a is not None
     size = like.input.size
@@ -253,4 +293,6 @@ __all__ = [
     "check_forward",
     "load_student",
     "load_teacher",
+    "load_untrained",
+    "usual_size",
 ]
