@@ -34,6 +34,8 @@ class AttentionPairs:
 
     def __init__(self, teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
         of_teacher, of_student = last_layers(teacher, images), last_layers(student, images)
+        #: Whose layers they are.
+        self.networks = teacher, student
         #: From the largest on.
         self.sizes = sorted(of_teacher.keys() & of_student.keys(), reverse=True)
         if not self.sizes:

@@ -327,7 +327,7 @@ class Student:
             return nullcontext()
         if isinstance(teacher, Tensor):
             raise ValueError("logits alone hold no attention maps")
-        if self._pairs is None:
+        if self._pairs is None or self._pairs.networks != (teacher, self.net):
             self._pairs = AttentionPairs(teacher, self.net, images[:2])
         return self._pairs.compared()
 

@@ -93,7 +93,8 @@ class ClassifierInput:
         Raises:
             UsageError: no classifier took part.
         """
-        self._latest = latest = []
+        latest: list[Tensor] = []
+        self._latest = latest
         try:
             logits = self.model(images)
         finally:
