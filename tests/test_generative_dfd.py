@@ -103,6 +103,7 @@ def test_a_batch_can_be_of_some_classes() -> None:
 def test_training_brings_the_loss_down() -> None:
     def after(steps: int) -> float:
         run = settings(synthesis__steps=steps, synthesis__batch_size=16, synthesis__lr_generator=0.01)
+        run = from_dict({"synthesis.feature_weight": 10.0, "synthesis.class_weight": 1.0}, base=run)
         return float(method(run).synthesize().losses["total"])
 
     assert after(60) < after(1) - 1.5

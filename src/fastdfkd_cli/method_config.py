@@ -429,9 +429,9 @@ class GenerativeDFDConfig(MethodConfig):
     beta1: float = 0.5
     beta2: float = 0.999
     #: Weight of the feature term; 0 switches it off.
-    feature_weight: float = 10.0
-    #: Weight of the class term.
-    class_weight: float = 1.0
+    feature_weight: float = 1.0
+    #: Weight of the class term; the statistics, of all classes together, pull the images of one away from it.
+    class_weight: float = 5.0
     #: Classes that share a batch.
     classes_per_batch: int = 1
     #: Trained generators that are kept in memory and in checkpoints, in MiB; the others go to a temporary folder.
