@@ -27,19 +27,23 @@ if TYPE_CHECKING:
         synthesize,
     )
     from fastdfkd_cli.api_train import TrainResult, plan_train, train
+    from fastdfkd_cli.benchmarking import BenchmarkResult, benchmark, plan_benchmark
     from fastdfkd_cli.config import RunConfig
     from fastdfkd_cli.models import ModelOptions
     from fastdfkd_cli.training_config import TrainingConfig
 
 _WHERE = {
+    "BenchmarkResult": "fastdfkd_cli.benchmarking",
     "DistillResult": "fastdfkd_cli.api",
     "ModelOptions": "fastdfkd_cli.models",
     "RunConfig": "fastdfkd_cli.config",
     "SynthesizeResult": "fastdfkd_cli.api",
     "TrainResult": "fastdfkd_cli.api_train",
     "TrainingConfig": "fastdfkd_cli.training_config",
+    "benchmark": "fastdfkd_cli.benchmarking",
     "distill": "fastdfkd_cli.api",
     "evaluate": "fastdfkd_cli.api",
+    "plan_benchmark": "fastdfkd_cli.benchmarking",
     "plan_distill": "fastdfkd_cli.api",
     "plan_synthesize": "fastdfkd_cli.api",
     "plan_train": "fastdfkd_cli.api_train",
@@ -48,6 +52,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "BenchmarkResult",
     "DistillResult",
     "ModelOptions",
     "RunConfig",
@@ -55,8 +60,10 @@ __all__ = [
     "TrainResult",
     "TrainingConfig",
     "__version__",
+    "benchmark",
     "distill",
     "evaluate",
+    "plan_benchmark",
     "plan_distill",
     "plan_synthesize",
     "plan_train",

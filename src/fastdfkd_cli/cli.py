@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastdfkd_cli import __version__
+from fastdfkd_cli.cli_benchmark import benchmark
 from fastdfkd_cli.cli_options import (
     ARCH,
     BUDGET,
@@ -565,6 +566,9 @@ def evaluate(
 
 
 app.command(cls=Command)(train)
+
+
+app.command(cls=Command)(benchmark)
 
 
 @app.command(cls=Command)
