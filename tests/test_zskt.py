@@ -96,6 +96,9 @@ def test_published_settings() -> None:
     assert found.synthesis == ZSKTConfig(batch_size=256)
     assert found.generator.latent_dim == 256
     assert (found.schedule.kd_steps_per_round, found.kd_steps) == (5, 80_000)
+    assert found.distillation.attention_weight == 250
+    digits = with_method(get_recipe("digits").config((1, 8, 8)), "zskt")
+    assert digits.distillation.attention_weight == 250 / 16  # maps of a sixteenth of the positions
     with_labels = from_dict({"distillation.label_views": 4}, base=get_recipe("auto").config((3, 32, 32)))
     assert with_method(with_labels, "zskt").distillation.label_views == 0
     with pytest.raises(UsageError, match=r"synthesis.adversarial_temperature must be greater than 0"):
