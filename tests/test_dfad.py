@@ -215,6 +215,18 @@ def test_another_method_keeps_the_budget() -> None:
     assert with_method(found, "dfad") is found
 
 
+@pytest.mark.parametrize("budget", [{"rounds": 30}, {"images": 3200}])
+def test_a_budget_means_the_same_steps_with_every_method(budget: dict[str, int]) -> None:
+    quick = get_recipe("quick").config((3, 32, 32))
+    alone = override(quick, budget)
+    found = override(quick, {"method": "dfad", **budget, "synthesis.batch_size": 32})
+    assert found.schedule.kd_steps_per_round == 5
+    assert found.kd_steps == alone.kd_steps // 5 * 5
+    assert found.synthesis.batch_size == 32
+    # What is said of the schedule itself is the method's own.
+    assert override(quick, {"method": "dfad", "schedule.rounds": 7}).kd_steps == 35
+
+
 def test_a_setting_of_another_method_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"synthesis.reuse is no setting of the method dfad, which has batch_size, lr_gen"

@@ -153,10 +153,17 @@ def _opponent(student: Model, options: ModelOptions, teacher: LoadedModel) -> Lo
 
 
 def override(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
-    """Put settings on a recipe, then a budget: ``rounds``, or ``images`` for the rounds that make so many."""
+    """Put settings on a recipe, then a budget: ``rounds``, or ``images`` for the rounds that make so many.
+
+    A budget is in the recipe's own rounds and images, so that it means the same KD steps with every method.
+    """
     settings = dict(overrides)
     if "method" in settings:
-        config = with_method(config, settings.pop("method"))
+        other = with_method(config, settings.pop("method"))
+        if other.method != config.method and other.synthesis.feeds:
+            budget = {key: settings.pop(key) for key in ("rounds", "images") if key in settings}
+            other = with_method(override(config, budget), other.method)
+        config = other
     images, rounds = settings.pop("images", None), settings.pop("rounds", None)
     before = config
     config = from_dict({k: v for k, v in settings.items() if k != "schedule.rounds"}, base=_loose(config, settings))
