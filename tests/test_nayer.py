@@ -66,7 +66,7 @@ def logits_and_norm_inputs(model: nn.Module, images: Tensor) -> tuple[Tensor, li
 
 @pytest.mark.parametrize("with_student", [False, True])
 def test_the_loss_is_the_papers(with_student: bool) -> None:
-    """Eq. 5 in float64, and its gradient in the images, of a batch behind another (so that there is momentum)."""
+    """The loss in float64, and its gradient in the images, of a batch behind another (so that there is momentum)."""
     model, student = teacher().double(), pupil().double()
     earlier, images = rand(7).double(), rand(16, 1).double().requires_grad_()
     labels = torch.arange(16) % CLASSES

@@ -64,7 +64,7 @@ def distillation(teacher_logits: Tensor, student_logits: Tensor, temperature: fl
 
 
 def logit_l1(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """D(T, S; x) = |f_t(x) - f_s(x)|_1 / n over the logits of n classes (Fang et al., DFAD, 2019, Eq. 3)."""
+    """D(T, S; x) = |f_t(x) - f_s(x)|_1 / n over the logits of n classes: DFAD's discrepancy (Fang et al., 2019)."""
     return (teacher_logits.float() - student_logits.float()).abs().mean()
 
 

@@ -362,7 +362,7 @@ class DFADConfig(OneGeneratorConfig):
 
     needs_student: ClassVar[bool] = True
 
-    #: Descend on -log(D + 1) (Eq. 5) instead of -D, so that a large discrepancy pulls less.
+    #: Descend on -log(D + 1) instead of -D, so that a large discrepancy pulls less.
     log_discrepancy: bool = False
 
 

@@ -3,9 +3,9 @@
 A generator looks for images on which teacher and student differ most, and the student learns to answer them as the
 teacher does, in turns:
 
-    D(T, S; x) = 1/n |f_t(x) - f_s(x)|_1                 Eq. 3, with the logits of n classes
+    D(T, S; x) = 1/n |f_t(x) - f_s(x)|_1                 the discrepancy of the logits of n classes
     student:    min D(T, S; G(z))                        (the setting distillation.loss: l1)
-    generator:  min -D(T, S; G(z)), or -log(D + 1)       Eq. 5; the latter where D would grow without bound
+    generator:  min -D(T, S; G(z)), or -log(D + 1)       the latter where D would grow without bound
 
 Nothing ties the images to the teacher's domain but that both networks answer to them.
 """

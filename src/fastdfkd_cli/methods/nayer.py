@@ -5,7 +5,7 @@ A class is told to the generator by a fixed embedding e_y, and chance does not c
 between the two, whose weights are drawn anew for each batch and then trained with the generator:
 
     x = G(Z(e_y)),    Z(e) = W BN(e) + b,    W ~ N(0, 1), b = 0
-    min over G and Z of  w_cls CE(f_t(x), y) + w_adv L_adv(x) + w_bn L_BN(x)       Eq. 5
+    min over G and Z of  w_cls CE(f_t(x), y) + w_adv L_adv(x) + w_bn L_BN(x)
 
 with L_BN as in FastDFKD (statistics with momentum) and L_adv = -KL(f_t(x) || f_s(x)) where both predict the same
 class. An embedding gives one image through one layer, so a batch has as many layers as it has images of a class: each
@@ -109,7 +109,7 @@ class NAYER(Method[NAYERConfig]):
         return torch.cat([*blocks, torch.randperm(self.num_classes, generator=self.rng)[:rest]])
 
     def terms(self, images: Tensor, labels: Tensor, student: nn.Module | None) -> tuple[dict[str, Tensor], Tensor]:
-        """Eq. 5 at ``images`` ``[B, C, H, W]`` as the teacher sees them: unweighted terms and ``total``, and the
+        """The loss at ``images`` ``[B, C, H, W]`` as the teacher sees them: unweighted terms and ``total``, and the
         moments of the teacher's BatchNorm inputs (empty without a feature term)."""
         settings = self.config
         teacher_logits, moments = self.observe(images)
