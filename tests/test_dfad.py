@@ -43,7 +43,7 @@ def method(run: RunConfig | None = None, model: nn.Module | None = None, seed: i
 
 @pytest.mark.parametrize("log_discrepancy", [False, True])
 def test_the_loss_is_the_papers(log_discrepancy: bool) -> None:
-    """Eq. 3 and 5 in float64, and their gradient in the images."""
+    """The discrepancy and what the generator makes of it in float64, and their gradient in the images."""
     model, student = teacher().double(), teacher(1).double()
     images = torch.rand(5, *SIZE).double().requires_grad_()
     with torch.enable_grad():
@@ -225,6 +225,15 @@ def test_a_budget_means_the_same_steps_with_every_method(budget: dict[str, int])
     assert found.synthesis.batch_size == 32
     # What is said of the schedule itself is the method's own.
     assert override(quick, {"method": "dfad", "schedule.rounds": 7}).kd_steps == 35
+    # A budget stands above it, as with fast: --config report.json --rounds 3.
+    assert override(quick, {"method": "dfad", "schedule.rounds": 7, **budget}).kd_steps == found.kd_steps
+
+
+def test_settings_of_one_method_are_not_anothers() -> None:
+    zskt = with_method(get_recipe("quick").config((3, 32, 32)), "zskt")
+    with pytest.raises(UsageError, match="settings of the method zskt, and not those of dfad: begin with a"):
+        override(zskt, {"method": "dfad"})
+    assert override(zskt, {"method": "zskt"}) == zskt
 
 
 def test_a_setting_of_another_method_is_refused() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 
 from fastdfkd_cli.config import RunConfig, from_dict, to_dict
 from fastdfkd_cli.errors import UsageError
+from fastdfkd_cli.job import override
+from fastdfkd_cli.recipes import get_recipe, with_method
 from fastdfkd_cli.settings import (
     join_number_lists,
     parse_assignments,
@@ -207,3 +211,21 @@ def test_an_alias_of_a_value_is_that_value(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("synthesis: {lr_generator: &rate 0.25, lr_latent: *rate}\n")
     assert read_config(str(path)) == (None, {"synthesis.lr_generator": 0.25, "synthesis.lr_latent": 0.25})
+
+
+@pytest.mark.parametrize("written", ["zskt", "fast"])
+def test_a_report_of_one_method_is_not_anothers_settings(tmp_path: Path, written: str) -> None:
+    made = with_method(get_recipe("digits").config((1, 8, 8)), written)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"config": to_dict(made)}))
+    kept: dict[str, Any] = {"recipe": None, "config": str(path), "environment": {}}
+    # dfq has all keys of zskt's: nothing else would say that the student kept zskt's attention transfer.
+    for assignments, options in (((), {"method": "dfq"}), (["method=dfq"], {})):
+        with pytest.raises(UsageError, match=f"has the settings of the method '{written}', not those of 'dfq': give"):
+            resolve(**kept, assignments=assignments, options=options)
+    name, settings = resolve(**kept, assignments=["seed=2"], options={"method": written})
+    assert override(get_recipe(name).config((1, 8, 8)), settings) == replace(made, seed=2)
+    # A few settings of one's own are what they say, with any method.
+    path.write_text("{method: zskt, distillation: {lr: 0.3}}")
+    _, settings = resolve(**kept, assignments=(), options={"method": "dfq"})
+    assert override(get_recipe("digits").config((1, 8, 8)), settings).distillation.attention_weight == 0

@@ -156,12 +156,23 @@ def override(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
     """Put settings on a recipe, then a budget: ``rounds``, or ``images`` for the rounds that make so many.
 
     A budget is in the recipe's own rounds and images, so that it means the same KD steps with every method.
+
+    Raises:
+        UsageError: a setting or the budget makes no sense; ``config`` is of a method, and another one is asked for.
     """
     settings = dict(overrides)
     if "method" in settings:
         other = with_method(config, settings.pop("method"))
+        if other.method != config.method and config.method != "fast":
+            # A method's definition reaches into distillation and schedule: what it replaced there is not known here.
+            raise UsageError(
+                f"These are settings of the method {config.method}, and not those of {other.method}: begin with a "
+                "recipe's."
+            )
         if other.method != config.method and other.synthesis.feeds:
-            budget = {key: settings.pop(key) for key in ("rounds", "images") if key in settings}
+            budget: dict[str, Any] = {key: settings.pop(key) for key in ("rounds", "images") if key in settings}
+            if budget:
+                settings.pop("schedule.rounds", None)  # of a file, say: a budget stands above it with any method
             other = with_method(override(config, budget), other.method)
         config = other
     images, rounds = settings.pop("images", None), settings.pop("rounds", None)

@@ -219,13 +219,25 @@ def resolve(
 
     Returns:
         The recipe's name (``auto`` if nobody names one) and the settings to put on it.
+
+    Raises:
+        UsageError: what cannot be read; a file of one method's settings under another method.
     """
     from_file: dict[str, Any] = {}
     if config is not None:
         named, from_file = read_config(config)
         recipe = recipe or named
     given = {key: value for key, value in options.items() if value is not None}
-    return recipe or "auto", from_file | dict(environment) | parse_assignments(assignments) | given
+    merged = from_file | dict(environment) | parse_assignments(assignments) | given
+    of_file = from_file.get("method")
+    whole = of_file is not None and any(key.startswith("synthesis.") for key in from_file)
+    if whole and merged["method"] != of_file:
+        # Of a report, which holds everything, distillation and schedule would stay those of the first method.
+        raise UsageError(
+            f"The config file {_name_of(config or '')} has the settings of the method {brief(of_file)}, not those of "
+            f"{brief(merged['method'])}: give --recipe instead of --config, and what else matters with --set."
+        )
+    return recipe or "auto", merged
 
 
 def _is_choice(key: str, word: str) -> bool:
