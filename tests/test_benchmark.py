@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 import sys
@@ -13,13 +14,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fastdfkd_cli import benchmarking
+from fastdfkd_cli import api_train, benchmarking
 from fastdfkd_cli.__main__ import main
 from fastdfkd_cli.benchmarking import benchmark, plan_benchmark
 from fastdfkd_cli.errors import FastDFKDError, UsageError
+from fastdfkd_cli.job import override
 from fastdfkd_cli.matrix import read_benchmark, shipped
 from fastdfkd_cli.plots import NO_MATPLOTLIB, draw_all
+from fastdfkd_cli.recipes import get_recipe
 from fastdfkd_cli.tables import as_csv, as_markdown, as_text, correlations, pearson, spearman
+from test_training import paint
 
 SMALL = """
 title: Small
@@ -149,8 +153,16 @@ rows:
         (("top1: 88.9}", "top2: 88.9}"), r"row Quick, paper.5: unknown figure 'top2'"),
         (("seed: 7", "expect: {top1: {least: 3}}"), r"row Slow, expect.top1: unknown demand 'least'"),
         (("seed: 7", "expect: {top1: {near: 3}}"), r"row Slow, expect.top1: say at_least"),
-        (("seed: 7", "expect: {top1: {above: Slaw}}"), r"row Slow: expect.top1.above names no row: 'Slaw'"),
+        (("seed: 7", "expect: {top1: {above: [Slow, Slaw]}}"), r"row Slow: expect.top1.above names no row: 'Slaw'"),
+        (("seed: 7", "expect: {top1: {above: []}}"), r"above must name a row, or a list of rows, not \[\]"),
         (("teacher: builtin/digits,", ""), r"row Quick: teacher is not named"),
+        (("method: dfad", "run: train, train_data: d, method: dfad"), r"row Slow: method says nothing to run: train"),
+        (("method: dfad", "run: train"), r"row Slow: no images to train on: name them with train_data, train_dataset"),
+        (("method: dfad", "run: train, train: {epoch: 3}"), r"row Slow, train: unknown setting 'epoch'. Did you mean"),
+        (("method: dfad", "train_data: d"), r"row Slow: train_data says nothing to run: distill"),
+        (("method: dfad", "method: kd"), r"row Slow: method kd distils on images that are given: name them with data"),
+        (("method: dfad", "method: dfad, data_dir: d"), r"row Slow: data_dir goes with method: kd alone"),
+        (("method: dfad", "optional: 1"), r"row Slow: optional must be true or false, not 1"),
         (("rows:", "rows:\n  - {name: quick/2}"), r"would share a folder"),
         (("rows:", "rows: ["), r"neither YAML nor JSON \(line"),
     ],
@@ -176,9 +188,119 @@ def test_settings_of_a_method_are_checked_before_the_first_run(
     assert runs.made == ["Quick/2/s0"]
 
 
+TRAINED = """
+variables: {data: null, teacher: t.pth}
+defaults: {teacher: "${teacher}", student: cifar/wrn10_1, recipe: digits, set: {lr: 0.05}, eval_data: held}
+matrix: {rounds: [2, 5], split: {a: {eval_split: a}, b: {eval_split: b}}, seed: [0, 1]}
+rows:
+  - name: Teacher
+    run: train
+    optional: true
+    student: cifar/wrn16_2
+    student_options: {mean: [0.5]}
+    train_data: ${data}
+    train: {epochs: 3, lr: 1e-2}
+  - {name: KD, method: kd, data_dir: "${data}", optional: true, rounds: 5}
+  - {name: Fast}
+"""
+
+
+def test_a_row_trains_or_distils_on_given_images(
+    write: Callable[[str], Path], runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trained: dict[str, Mapping[str, Any]] = {}
+
+    def train(model: str, *, output: Path, **more: Any) -> None:
+        inspect.signature(api_train.plan_train).bind_partial(
+            model, **{key: value for key, value in more.items() if key not in ("resume", "checkpoint_every")}
+        )
+        trained[output.name] = {"model": model, **more}
+        output.mkdir()
+        report = {
+            "fastdfkd": "0",
+            "settings_sha256": "0",
+            "images": 9,
+            "seconds": {"total": 3.0},
+            "evaluation": {"top1": 80.0},
+        }
+        (output / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+    monkeypatch.setattr(benchmarking.api_train, "train", train)
+    source, out = write(TRAINED), tmp_path / "out"
+    result = benchmark(source, output=out, variables={"data": "D"})
+    # Not once for each number of rounds.
+    assert sorted(trained) == [f"teacher-{split}-s{seed}" for split in "ab" for seed in (0, 1)]
+    asked = trained["teacher-b-s1"]
+    assert asked["model"] == "cifar/wrn16_2"
+    assert asked["data_dir"] == "D"
+    assert asked["overrides"] == {"epochs": 3, "lr": 0.01, "seed": 1}
+    assert (asked["mean"], asked["eval_data"], asked["eval_split"], asked["resume"]) == ((0.5,), "held", "b", "auto")
+    assert runs.asked["KD/a/s0"]["data_dir"] == "D"
+    assert "data_dir" not in runs.asked["Fast/2/a/s0"]
+    line = result.summary["lines"][0]
+    assert (line["method"], line["figures"]["top1"]["mean"], line["figures"]["total_seconds"]["mean"]) == (
+        "train",
+        80.0,
+        3.0,
+    )
+    assert {entry["teacher"] for entry in result.summary["quality"]} == {None}  # a training is no second teacher
+    assert sum(run["figures"] is not None for line in result.summary["lines"] for run in line["runs"]) == 16
+    benchmark(source, output=out, variables={"data": "D"})
+    assert len(trained) == 4
+    pytest.importorskip("matplotlib")
+    assert out / "accuracy-time.png" in draw_all(result.summary, out, print)
+
+
+def test_without_its_images_a_row_is_left_out_and_named(
+    write: Callable[[str], Path], runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write(TRAINED), tmp_path / "out"
+    plan = plan_benchmark(source, output=out)
+    states = {cell["cell"]: cell["state"] for cell in plan["cells"]}
+    assert states["Teacher/a/s0"] == states["KD/b/s1"] == "left out: no data"
+    assert (plan["left"], plan["variables_missing"]) == (8, [])
+    assert main(["benchmark", str(source), "--output", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert "row Teacher: 4 runs left out: --var data=VALUE is not given" in said
+    assert "row KD: 4 runs left out" in said
+    assert {name.partition("/")[0] for name in runs.made} == {"Fast"}
+    # A row that is not optional is still refused, and so are training settings that make no sense.
+    needed = write(TRAINED.replace("    optional: true\n", ""))
+    with pytest.raises(UsageError, match="row Teacher: the variable data has no value"):
+        benchmark(needed, output=out)
+    with pytest.raises(UsageError, match=r"row Teacher: epochs must be"):
+        benchmark(write(TRAINED.replace("epochs: 3", "epochs: 0")), output=out, variables={"data": "D"})
+
+
+def test_real_rows_on_given_images(write: Callable[[str], Path], tmp_path: Path) -> None:
+    paint(tmp_path / "data", 6)
+    source = write("""
+defaults: {student: cifar/wrn10_1, eval_data: "${data}"}
+variables: {data: null}
+rows:
+  - {name: Student, run: train, train_data: "${data}", train: {epochs: 1, batch_size: 4}, student_options: {std: [1]}}
+  - name: KD
+    method: kd
+    teacher: builtin/digits
+    recipe: digits
+    rounds: 2
+    data_dir: ${data}
+    eval_data: null
+    set: {quality_images: 0, distillation.batch_size: 4, schedule.kd_steps_per_round: 2}
+""")
+    result = benchmark(source, output=tmp_path / "out", variables={"data": str(tmp_path / "data")}, device="cpu")
+    trained, taught = result.summary["lines"]
+    assert trained["finished"] == taught["finished"] == 1
+    assert 0 <= trained["figures"]["top1"]["mean"] <= 100
+    assert taught["figures"]["kd_steps"]["mean"] == 4
+    said = (tmp_path / "out" / "runs" / "student-s0" / "report.json").read_text(encoding="utf-8")
+    assert json.loads(said)["model"]["input"]["std"] == [1.0] * json.loads(said)["model"]["input"]["size"][0]
+    assert "Student" in as_text(result.summary)
+
+
 def test_shipped_files_hold_the_papers_figures() -> None:
     found = {name: read_benchmark(name) for name in shipped()}
-    assert set(found) >= {"digits", "table1", "table2", "table4", "table5"}
+    assert set(found) >= {"digits", "methods-small", "table1", "table2", "table4", "table5"}
     of = {(name, line.row, *line.labels.values()): line.paper for name, plan in found.items() for line in plan.lines}
     assert of["table1", "Fast5", "cifar10", "wrn402-wrn162"] == {
         "speed_up": 247.1,
@@ -187,6 +309,7 @@ def test_shipped_files_hold_the_papers_figures() -> None:
     }
     assert of["table1", "DeepInv2k", "cifar100", "vgg11-resnet18"]["synthesis_hours"] == 20.1
     assert of["table1", "KD", "cifar100", "wrn402-wrn401"] == {"top1": 68.58}
+    assert of["table1", "Teacher", "cifar10", "wrn402-wrn401"] == {"top1": 94.87}
     assert of["table2", "Fast50", "mobilenetv2"]["top1"] == 43.02
     assert of["table4", "CMI", "10"] == {"top1": 32.43, "synthesis_hours": 0.22}
     assert of["table5", "Seq. + Pixel", "cifar100"] == {"top1": 10.93}
@@ -199,14 +322,51 @@ def test_shipped_files_hold_the_papers_figures() -> None:
     assert request["teacher_options"]["weights"] == "vgg11-cifar100.pth"
 
 
-@pytest.mark.parametrize("name", ["digits", "table1", "table2", "table4", "table5"])
-def test_shipped_rows_of_fastdfkd_are_settings_that_exist(name: str) -> None:
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_rows_are_settings_that_exist(name: str) -> None:
     plan = read_benchmark(name)
     plan = read_benchmark(name, dict.fromkeys(plan.variables, "x"))
-    fast = [cell for cell in plan.cells if cell.request["overrides"].get("method") == "fast"]
-    assert fast
-    for cell in fast:
+    assert plan.cells
+    for cell in plan.cells:
         assert benchmarking._checked(plan, cell)
+
+
+def test_shipped_rows_on_original_images() -> None:
+    """Trained once for each network, on the set that the line names, and left out where nobody brought the images."""
+    bare, plan = read_benchmark("table1"), read_benchmark("table1", {"data": "D", "images-cifar100": "I"})
+    trained = {cell.name: cell for cell in plan.cells if cell.request.get("run") == "train"}
+    assert [name for name in trained if name.startswith("Teacher/cifar10/")] == [
+        f"Teacher/cifar10/{pair}/s0" for pair in ("resnet34-resnet18", "vgg11-resnet18", "wrn402-wrn161")
+    ]
+    request = plan.resolved(trained["Teacher/cifar100/vgg11-resnet18/s0"])
+    assert {key: request[key] for key in ("model", "data_dir", "dataset", "eval_data", "eval_dataset")} == {
+        "model": "cifar/vgg11",
+        "data_dir": "D",
+        "dataset": "torch/cifar100",
+        "eval_data": "D",
+        "eval_dataset": "torch/cifar100",
+    }
+    assert all(cell.optional and bare.lacking(cell) == ["data"] for cell in trained.values())
+    kd = [cell for cell in plan.cells if cell.row == "KD"]
+    assert all(cell.request["overrides"]["method"] == "kd" and cell.optional for cell in kd)
+    assert {cell.labels["dataset"] for cell in kd if "images-cifar10" in plan.lacking(cell)} == {"cifar10"}
+
+
+def test_small_tables_compare_at_equal_kd_steps() -> None:
+    """What stands side by side in one of them takes the same KD steps."""
+    for name in ("methods-small", "table4-small", "table5-small", "digits"):
+        plan = read_benchmark(name)
+        plan = read_benchmark(name, dict.fromkeys(plan.variables, "x"))
+        steps = {}
+        for cell in plan.cells:
+            request = plan.resolved(cell)
+            config = override(get_recipe(request["recipe"]).config((3, 32, 32)), request["overrides"])
+            steps[cell.name] = config.kd_steps
+        fewest = min(steps.values())
+        # Methods that take turns have whole turns.
+        assert max(steps.values()) - fewest <= 10, (name, steps)
+        assert fewest >= 700
+        assert {cell.seed for cell in plan.cells} == {0, 1, 2}
 
 
 # -- runs --------------------------------------------------------------------------------------------------------
@@ -301,6 +461,7 @@ def test_a_run_that_fails_holds_up_no_other(
         ("{synthesis_seconds: {at_most: 3}}", "Quick/2: synthesis_seconds is 4.00, expected at most 3"),
         ("{speed_up: {at_least: 2.5}}", None),
         ("{top1: {above: Slow}}", None),
+        ("{top1: {above: [Slow, Quick]}}", "Quick/2: top1 is 63.00, expected above Quick (63.00)"),
         ("{top5: {at_least: 1}}", "Quick/2: top5 is not measured, expected at least 1"),
     ],
 )

@@ -3,7 +3,7 @@
 ::
 
     OUTPUT/benchmark.json            all figures; with benchmark.md, benchmark.csv, benchmark.txt and the pictures
-    OUTPUT/runs/CELL/                what `fastdfkd distill` leaves
+    OUTPUT/runs/CELL/                what `fastdfkd distill` leaves, or `fastdfkd train`
     OUTPUT/runs/CELL.json            what the run was asked for: another request is refused, not mixed in
     OUTPUT/runs/CELL.checkpoints/    of a run that is not finished
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastdfkd_cli import __version__, api
+from fastdfkd_cli import __version__, api, api_train
 from fastdfkd_cli.errors import FastDFKDError, UsageError, brief, is_out_of_memory
 from fastdfkd_cli.job import OnMessage, override, silent
 from fastdfkd_cli.matrix import Benchmark, Cell, Line, read_benchmark
@@ -43,6 +43,7 @@ from fastdfkd_cli.records import Record
 from fastdfkd_cli.resume import checkpoint_folder, finished
 from fastdfkd_cli.settings import CHECKPOINT_EVERY
 from fastdfkd_cli.tables import as_csv, as_markdown, as_text, summarise
+from fastdfkd_cli.training_config import from_values
 
 #: Settings are checked for an input of this size before the first run; each run checks them for its teacher's.
 _PROBE = (3, 32, 32)
@@ -89,7 +90,7 @@ def benchmark(
     """
     say = on_message or silent
     plan = read_benchmark(source, variables)
-    cells = plan.selected(only)
+    cells = _possible(plan, plan.selected(only), say)
     folder = Path(output)
     # Everything that can be said before the first run is said before it.
     requests = {cell.name: _checked(plan, cell) for cell in cells}
@@ -152,7 +153,7 @@ def plan_benchmark(
     _require_own(folder)
     states = _states(plan, folder, {})
     seconds = {cell.name: _seconds(report) for cell in plan.cells if (report := _done(folder, cell)) is not None}
-    left = [cell for cell in cells if states[cell.name] != "done"]
+    left = [cell for cell in cells if states[cell.name] != "done" and not _left_out(plan, cell)]
     guesses = {cell.name: _guess(plan, cell, seconds) for cell in left}
     known = [guess for guess in guesses.values() if guess is not None]
     return {
@@ -163,11 +164,11 @@ def plan_benchmark(
             {"cell": cell.name, "state": states[cell.name], "seconds": seconds.get(cell.name, guesses.get(cell.name))}
             for cell in cells
         ],
-        "done": len(cells) - len(left),
+        "done": sum(states[cell.name] == "done" for cell in cells),
         "left": len(left),
         # An unfinished run counts as a whole one: what is left of it is not more than that.
         "seconds_left": sum(known) if len(known) == len(left) else None,
-        "variables_missing": sorted(name for name, value in plan.variables.items() if value is None),
+        "variables_missing": sorted({name for cell in left for name in plan.lacking(cell)}),
     }
 
 
@@ -195,10 +196,32 @@ def write_results(plan: Benchmark, folder: Path, failures: Mapping[str, FastDFKD
 def _run(folder: Path, cell: Cell, request: Mapping[str, Any], **keywords: Any) -> None:
     """Make one run, or what is left of it. What it was asked for is noted before it begins."""
     write_json(_request_file(folder, cell), {OWNER_KEY: __version__, "cell": cell.name, "request": request})
-    arguments = dict(request)
+    arguments = dict(request) | {"output": folder / "runs" / cell.folder, "resume": "auto"} | keywords
+    if arguments.pop("run", None) == "train":
+        for key in ("input_size", "mean", "std"):
+            if arguments.get(key) is not None:
+                arguments[key] = tuple(arguments[key])
+        api_train.train(**arguments)
+        return
     for key in ("teacher_options", "student_options"):
         arguments[key] = _options(request[key])
-    api.distill(**arguments, output=folder / "runs" / cell.folder, resume="auto", **keywords)
+    api.distill(**arguments)
+
+
+def _left_out(plan: Benchmark, cell: Cell) -> list[str]:
+    """The variables for want of which a cell is not run, and nobody is told to give them."""
+    return plan.lacking(cell) if cell.optional else []
+
+
+def _possible(plan: Benchmark, cells: Sequence[Cell], say: OnMessage) -> list[Cell]:
+    """The cells that are run; of each row that is left out, its variable is named once."""
+    missing: dict[tuple[str, str], int] = {}
+    for cell in cells:
+        for name in _left_out(plan, cell)[-1:]:
+            missing[cell.row, name] = missing.get((cell.row, name), 0) + 1
+    for (row, name), count in missing.items():
+        say(f"row {row}: {count} run{'s' if count > 1 else ''} left out: --var {name}=VALUE is not given")
+    return [cell for cell in cells if not _left_out(plan, cell)]
 
 
 def _request_file(folder: Path, cell: Cell) -> Path:
@@ -239,9 +262,13 @@ def _checked(plan: Benchmark, cell: Cell) -> dict[str, Any]:
     """A cell's request with its variables put in, looked at before any run."""
     request = plan.resolved(cell)
     try:
-        for key in ("teacher_options", "student_options"):
-            _options(request[key])
-        override(get_recipe(request["recipe"]).config(_PROBE), request["overrides"])
+        if request.get("run") == "train":
+            _options({key: request[key] for key in ("num_classes", "input_size", "mean", "std") if key in request})
+            from_values(request["overrides"])
+        else:
+            for key in ("teacher_options", "student_options"):
+                _options(request[key])
+            override(get_recipe(request["recipe"]).config(_PROBE), request["overrides"])
     except UsageError as error:
         raise UsageError(f"{plan.source}, row {cell.row}: {error}") from error
     return dict(plain_json(request))
@@ -308,6 +335,8 @@ def _states(plan: Benchmark, folder: Path, failures: Mapping[str, FastDFKDError]
             states[cell.name] = f"failed: {failures[cell.name]}"
         elif _done(folder, cell) is not None:
             states[cell.name] = "done"
+        elif lacking := _left_out(plan, cell):
+            states[cell.name] = f"left out: no {lacking[-1]}"
         else:
             begun = any(checkpoint_folder(run).glob("checkpoint-*.json"))
             states[cell.name] = "unfinished" if begun else "missing"

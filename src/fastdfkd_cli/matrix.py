@@ -15,6 +15,7 @@ axis makes lines. Nothing here reads a model or imports torch.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import itertools
 import re
@@ -26,22 +27,34 @@ from typing import Any
 from fastdfkd_cli.config import full_key
 from fastdfkd_cli.errors import UsageError, brief, did_you_mean
 from fastdfkd_cli.settings import parse_duration, plain_value, read_mapping
+from fastdfkd_cli.training_config import TrainingConfig
 
 #: Where the files that come with the package stand, and those of the paper among them.
 SHIPPED = Path(__file__).parent / "benchmarks"
 #: What of a run's figures can be expected, or quoted from a paper.
 FIGURES = ("top1", "top5", "agreement", "synthesis_seconds", "total_seconds", "speed_up", "images", "kd_steps")
 PAPER_FIGURES = ("top1", "synthesis_hours", "speed_up", "images")
-#: How a row comes to its figures: a run of ``distill``, or the paper alone.
-RUNS = ("distill", "paper")
+#: How a row comes to its figures: a run of ``distill`` or of ``train``, or the paper alone.
+RUNS = ("distill", "train", "paper")
 MOST_CELLS = 10_000
 
 _BUDGETS = ("rounds", "images", "time_budget")
-_TEXTS = ("teacher", "student", "method", "recipe", "eval_data", "eval_dataset", "eval_split", "note", "run")
-_MAPPINGS = ("set", "teacher_options", "student_options", "paper", "expect")
-_ROW_KEYS = (*_TEXTS, *_MAPPINGS, *_BUDGETS, "steps", "seed", "amp")
+_TRAIN_DATA = ("train_data", "train_dataset", "train_split")
+_TEXTS = (
+    *("teacher", "student", "method", "recipe", "data_dir", *_TRAIN_DATA),
+    *("eval_data", "eval_dataset", "eval_split", "note", "run"),
+)
+_MAPPINGS = ("set", "train", "teacher_options", "student_options", "paper", "expect")
+_SWITCHES = ("amp", "optional")
+_ROW_KEYS = (*_TEXTS, *_MAPPINGS, *_BUDGETS, *_SWITCHES, "steps", "seed")
+#: Keys that mean something to one kind of run alone. In ``defaults`` they stand for the rows of that kind.
+_OF_RUN = {
+    "distill": ("teacher", "teacher_options", "method", "recipe", "data_dir", "set", "steps", *_BUDGETS),
+    "train": ("train", *_TRAIN_DATA),
+}
 _TOP_KEYS = ("title", "variables", "defaults", "matrix", "rows", "speed_up_against")
 _MODEL_KEYS = ("arch", "weights", "num_classes", "input_size", "mean", "std")
+_TRAINED_KEYS = ("num_classes", "input_size", "mean", "std")
 _DEMANDS = ("at_least", "at_most", "near", "within", "above")
 _VARIABLE = re.compile(r"\$\{([^${}]+)\}")
 
@@ -54,8 +67,11 @@ class Cell:
     #: Axis -> label, without the seed.
     labels: Mapping[str, str]
     seed: int
-    #: What the run is asked for, in the words of :func:`fastdfkd_cli.api.distill`; variables are still in it.
+    #: What the run is asked for, in the words of :func:`fastdfkd_cli.api.distill`, or with ``run: train`` in those of
+    #: :func:`fastdfkd_cli.api_train.train`; variables are still in it.
     request: Mapping[str, Any]
+    #: Whether it is left out where a variable of it has no value.
+    optional: bool = False
 
     @property
     def name(self) -> str:
@@ -77,7 +93,7 @@ class Line:
     method: str
     cells: Sequence[Cell]
     paper: Mapping[str, float]
-    #: Figure -> demand -> number (``above``: the name of another row).
+    #: Figure -> demand -> number (``above``: the names of other rows).
     expect: Mapping[str, Mapping[str, Any]]
     note: str = ""
 
@@ -116,18 +132,32 @@ class Benchmark:
         Raises:
             UsageError: one has no value.
         """
+        request, lacking = self._put(cell)
+        if lacking:
+            name = lacking[0]
+            raise UsageError(
+                f"{self.source}, row {cell.row}: the variable {name} has no value: give --var {name}=VALUE."
+            )
+        return request
+
+    def lacking(self, cell: Cell) -> list[str]:
+        """The variables of a cell's request that have no value."""
+        return self._put(cell)[1]
+
+    def _put(self, cell: Cell) -> tuple[dict[str, Any], list[str]]:
         values = {**self.variables, **cell.labels, "seed": str(cell.seed)}
+        lacking: list[str] = []
 
         def put(value: Any) -> Any:
             if isinstance(value, Mapping):
                 return {key: put(item) for key, item in value.items()}
             if isinstance(value, list):
                 return [put(item) for item in value]
-            return self._expanded(value, values, cell) if isinstance(value, str) else value
+            return self._expanded(value, values, cell, lacking) if isinstance(value, str) else value
 
-        return {key: put(value) for key, value in cell.request.items()}
+        return {key: put(value) for key, value in cell.request.items()}, list(dict.fromkeys(lacking))
 
-    def _expanded(self, text: str, values: Mapping[str, Any], cell: Cell) -> str:
+    def _expanded(self, text: str, values: Mapping[str, Any], cell: Cell, lacking: list[str]) -> str:
         for _ in range(5):  # a name may be put together from others; none goes on for ever
             found = _VARIABLE.search(text)
             if found is None:
@@ -140,9 +170,8 @@ class Benchmark:
                         f"{self.source}, row {cell.row}: unknown variable ${{{name}}}.{did_you_mean(name, values)}"
                     )
                 if values[name] is None:
-                    raise UsageError(
-                        f"{self.source}, row {cell.row}: the variable {name} has no value: give --var {name}=VALUE."
-                    )
+                    lacking.append(name)
+                    return ""
                 return str(values[name])
 
             text = _VARIABLE.sub(value_of, text)
@@ -227,9 +256,19 @@ class _Reader:
                 raise self._refuse(where, "there are two rows of this name.")
             names.add(name)
             own = self._axes(keys.pop("matrix", None), where)
-            merged = _merged(defaults, self._keys(keys, where))
+            stated = self._keys(keys, where)
+            merged = _merged(defaults, stated)
+            run = merged.get("run") or "distill"
+            self._of_this_run([stated, *(keys for choices in own.values() for keys in choices.values())], run, where)
             # An axis of the whole file gives way to what a row says itself of the same key.
             shared = {axis: choices for axis, choices in axes.items() if axis not in keys or axis == "seed"}
+            if run == "train":  # nor is a training repeated for what is of distillation alone
+                shared = {
+                    axis: choices
+                    for axis, choices in shared.items()
+                    if f"${{{axis}}}" in str(merged)
+                    or not all(set(of) <= set(_OF_RUN["distill"]) for of in choices.values())
+                }
             if "seed" in keys:
                 shared.pop("seed", None)
             lines += self._lines(name, merged, {**shared, **own}, where)
@@ -242,10 +281,9 @@ class _Reader:
             )
         for line in lines:
             for figure, demand in line.expect.items():
-                if demand.get("above", line.row) not in names:
-                    raise self._refuse(
-                        f"row {line.row}", f"expect.{figure}.above names no row: {brief(demand['above'])}."
-                    )
+                for other in demand.get("above", ()):
+                    if other not in names:
+                        raise self._refuse(f"row {line.row}", f"expect.{figure}.above names no row: {brief(other)}.")
         folders: dict[str, Cell] = {}
         for line in lines:
             for cell in line.cells:
@@ -279,6 +317,13 @@ class _Reader:
                 raise self._refuse(inside, "must be a list of whole numbers.")
         return axes
 
+    def _of_this_run(self, stated: Iterable[Mapping[str, Any]], run: str, where: str) -> None:
+        """Refuse what a row says itself, and what would do nothing in its kind of run."""
+        for other, keys in _OF_RUN.items():
+            useless = [key for said in stated for key in said if key in keys] if run in _OF_RUN and other != run else []
+            if useless:
+                raise self._refuse(where, f"{useless[0]} says nothing to run: {run}.")
+
     def _keys(self, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Keys of a row, each checked by itself; a dotted one is a setting."""
         checked: dict[str, Any] = {}
@@ -292,8 +337,8 @@ class _Reader:
                 raise self._refuse(where, f"{key} must be text, not {brief(value)}.")
             if key in _MAPPINGS:
                 value = self._mapping(value, where, key)
-            elif key == "amp" and not isinstance(value, bool) and value is not None:
-                raise self._refuse(where, f"amp must be true or false, not {brief(value)}.")
+            elif key in _SWITCHES and not isinstance(value, bool) and value is not None:
+                raise self._refuse(where, f"{key} must be true or false, not {brief(value)}.")
             elif key in ("steps", "seed", "rounds", "images"):
                 least = 0 if key == "seed" else 1
                 if type(value) is not int or not least <= value < 2**63:
@@ -306,6 +351,10 @@ class _Reader:
             self._known([run], RUNS, where, "run")
         for key in ("teacher_options", "student_options"):
             self._known(checked.get(key, {}), _MODEL_KEYS, f"{where}, {key}")
+        if "train" in checked:
+            known = [item.name for item in dataclasses.fields(TrainingConfig) if item.name != "seed"]
+            self._known(checked["train"], known, f"{where}, train", "setting")
+            checked["train"] = {key: plain_value(value) for key, value in checked["train"].items()}
         settings = checked.get("set", {}) | settings
         if settings:
             checked["set"] = {}
@@ -333,7 +382,6 @@ class _Reader:
         self, name: str, keys: dict[str, Any], axes: dict[str, dict[str, dict[str, Any]]], where: str
     ) -> Iterator[Line]:
         seeds = axes.pop("seed", None)
-        run = keys.get("run") or "distill"
         per_line = {key: keys.pop(key, {}) for key in ("paper", "expect")}
         all_labels = [labels for choices in axes.values() for labels in choices]
         full = ["/".join(combination) for combination in itertools.product(*axes.values())]
@@ -347,21 +395,39 @@ class _Reader:
             paper = _chosen(used["paper"], merged.get("paper", {}), names)
             expect = _chosen(used["expect"], merged.get("expect", {}), names)
             cells = []
-            if run == "distill":
+            run = merged.get("run") or "distill"
+            if run != "paper":
                 numbers = [choice["seed"] for choice in seeds.values()] if seeds else [merged.get("seed", 0)]
-                for key in ("teacher", "student"):
-                    if not merged.get(key):
-                        raise self._refuse(where, f"{key} is not named, here or in defaults.")
-                cells = [Cell(row=name, labels=labels, seed=seed, request=_request(merged, seed)) for seed in numbers]
+                self._require_whole(merged, run, where)
+                request = _request if run == "distill" else _train_request
+                optional = bool(merged.get("optional"))
+                cells = [
+                    Cell(row=name, labels=labels, seed=seed, request=request(merged, seed), optional=optional)
+                    for seed in numbers
+                ]
             yield Line(
                 row=name,
                 labels=labels,
-                method=merged.get("method") or ("fast" if run == "distill" else ""),
+                method={"distill": merged.get("method") or "fast", "train": "train"}.get(run, ""),
                 cells=cells,
                 paper=self._numbers(paper, where),
                 expect=self._expectations(expect, where),
                 note=merged.get("note") or "",
             )
+
+    def _require_whole(self, keys: Mapping[str, Any], run: str, where: str) -> None:
+        """Refuse a line whose run would lack something."""
+        for key in ("teacher", "student") if run == "distill" else ("student",):
+            if not keys.get(key):
+                raise self._refuse(where, f"{key} is not named, here or in defaults.")
+        if run == "train":
+            if not keys.get("train_data") and not keys.get("train_dataset"):
+                raise self._refuse(where, "no images to train on: name them with train_data, train_dataset or both.")
+            self._known(keys.get("student_options", {}), _TRAINED_KEYS, f"{where}, student_options of run: train")
+        elif keys.get("method") == "kd" and not keys.get("data_dir"):
+            raise self._refuse(where, "method kd distils on images that are given: name them with data_dir.")
+        elif keys.get("method") != "kd" and keys.get("data_dir"):
+            raise self._refuse(where, "data_dir goes with method: kd alone.")
 
     def _by_label(self, values: Mapping[str, Any], key: str, labels: set[str], where: str) -> dict[str, Any]:
         """``paper`` and ``expect`` hold figures, or labels (an axis's, or all joined by /) of lines with theirs."""
@@ -394,8 +460,10 @@ class _Reader:
                 raise self._refuse(inside, "say at_least, at_most, above: ROW, or near with within.")
             for name, number in demands.items():
                 if name == "above":
-                    if not isinstance(number, str):
-                        raise self._refuse(inside, f"above must name a row, not {brief(number)}.")
+                    others = number if isinstance(number, list) else [number]
+                    if not others or not all(isinstance(other, str) for other in others):
+                        raise self._refuse(inside, f"above must name a row, or a list of rows, not {brief(number)}.")
+                    demands[name] = others
                 elif isinstance(number, bool) or not isinstance(number, int | float):
                     raise self._refuse(inside, f"{name} must be a number, not {brief(number)}.")
             checked[figure] = demands
@@ -435,13 +503,35 @@ def _request(keys: Mapping[str, Any], seed: int) -> dict[str, Any]:
             overrides |= {key: keys[key], "schedule.time_budget": None}
     if keys.get("time_budget") is not None:
         overrides["schedule.time_budget"] = keys["time_budget"]
-    return {
+    request = {
         "teacher": keys["teacher"],
         "student": keys["student"],
         "teacher_options": dict(keys.get("teacher_options", {})),
         "student_options": dict(keys.get("student_options", {})),
         "recipe": keys.get("recipe") or "auto",
         "overrides": overrides,
+        **_judgement(keys),
+    }
+    # Only where it says something: a run that was made before there was the key is still known by its request.
+    return request | ({"data_dir": keys["data_dir"]} if keys.get("data_dir") else {})
+
+
+def _train_request(keys: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """A training's arguments, in plain values."""
+    return {
+        "run": "train",
+        "model": keys["student"],
+        "data_dir": keys.get("train_data"),
+        "dataset": keys.get("train_dataset"),
+        "split": keys.get("train_split"),
+        "overrides": {**keys.get("train", {}), "seed": seed},
+        **keys.get("student_options", {}),
+        **_judgement(keys),
+    }
+
+
+def _judgement(keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "amp": keys.get("amp"),
         "eval_data": keys.get("eval_data"),
         "eval_dataset": keys.get("eval_dataset"),

@@ -85,6 +85,8 @@ def write_accuracy_time(summary: Mapping[str, Any], path: Path) -> bool:
     panels: dict[str, dict[str, list[tuple[float, float, Mapping[str, Any]]]]] = {}
     for line in summary["lines"]:
         accuracy, seconds = (line["figures"][name]["mean"] for name in ("top1", "synthesis_seconds"))
+        if line["method"] == "train":
+            seconds = 0.0
         if accuracy is None or seconds is None:
             continue
         place = ", ".join(label for axis, label in line["labels"].items() if axis not in _CURVES and "." not in axis)

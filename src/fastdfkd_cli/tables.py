@@ -136,7 +136,7 @@ def summarise(
 
     Args:
         reports: by a cell's name, what its finished run reports.
-        states: by a cell's name, ``done``, ``unfinished``, ``missing`` or why it failed.
+        states: by a cell's name, ``done``, ``unfinished``, ``missing``, or why it failed or was left out.
     """
     lines: list[dict[str, Any]] = []
     points: list[dict[str, Any]] = []
@@ -156,8 +156,9 @@ def summarise(
                     "quality": quality,
                 }
             )
-            if report is not None and figures is not None:
-                teacher = (report.get("teacher") or {}).get("name", "")
+            # A training has no teacher, and its quality is measured on real images alone.
+            if report is not None and figures is not None and report.get("teacher"):
+                teacher = report["teacher"].get("name", "")
                 points.append(
                     {"row": line.row, "teacher": teacher, "top1": figures["top1"], "quality": quality, **line.labels}
                 )
@@ -224,10 +225,14 @@ def _expectations(line: Line, summary: Mapping[str, Any], lines: Sequence[dict[s
     whole = summary["finished"] == len(line.cells) and line.cells
     for figure, demands in line.expect.items():
         value = _value(summary, figure)
-        for demand, bound in demands.items():
+        stated = [
+            (demand, bound)
+            for demand, bounds in demands.items()
+            if demand != "within"  # it goes with near
+            for bound in (bounds if demand == "above" else [bounds])
+        ]
+        for demand, bound in stated:
             met: bool | None
-            if demand == "within":
-                continue  # it goes with near
             if demand == "above":
                 other = _counterpart(lines, bound, line.labels)
                 theirs = _value(other, figure) if other is not None else None
