@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -330,6 +331,17 @@ def test_a_whole_run_changes_the_student(tmp_path: Any) -> None:
     assert done.report["kd_steps"] == 3 * 3
     assert any(not torch.equal(before[name], tensor) for name, tensor in done.student.state_dict().items())
     assert all(bool(torch.isfinite(tensor.float()).all()) for tensor in done.student.state_dict().values())
+
+
+def test_what_a_teacher_without_batch_norm_is_told_to_switch_off_is_enough() -> None:
+    call: dict[str, Any] = {"teacher_options": ModelOptions(input_size=SIZE), "device": "cpu", "amp": False}
+    bare, few = net(norm=False), settings(quality_images=0)
+    with pytest.raises(UsageError, match="the feature term and the contrastive term need") as refused:
+        api.distill(bare, net(1), config=few, **call)
+    words = str(refused.value).split()
+    told = {word.split("=")[0]: 0 for before, word in pairwise(words) if before == "--set"}
+    assert len(told) == 2
+    assert api.distill(bare, net(1), config=few, overrides=told, **call).report["config"]["method"] == "cmi"
 
 
 # Settings

@@ -295,13 +295,16 @@ def _check_synthesis(config: RunConfig, teacher: LoadedModel, device: torch.devi
     if teacher.input.size[0] > 4:
         raise UsageError(f"{teacher.name} takes {teacher.input.size[0]} channels; images of 1 to 4 can be made.")
     if config.synthesis.needs_statistics and not batch_norm_layers(teacher.module):
+        # CMI's contrastive term reads the inputs of these layers as well.
+        reading = [term for term in ("feature", "contrastive") if getattr(config.synthesis, f"{term}_weight", 0) > 0]
+        terms, need = " and the ".join(f"{term} term" for term in reading), "needs" if len(reading) == 1 else "need"
+        off = " ".join(f"--set synthesis.{term}_weight=0" for term in reading)
         raise UsageError(
-            f"{teacher.name} has no BatchNorm layers, whose statistics the feature term needs. "
+            f"{teacher.name} has no BatchNorm layers, whose statistics the {terms} {need}. "
             + (
                 without_signal
                 if of_signal
-                else "Choose another teacher, or switch the term off: --set synthesis.feature_weight=0 (images will be "
-                "poorer)."
+                else f"Choose another teacher, or do without: {off} (images will be poorer)."
             )
         )
 
