@@ -45,6 +45,7 @@ OTHER: dict[str, Any] = {
     "distillation.lr_min": 0.1,
     "distillation.lr_warmup": 0.25,
     "distillation.average_decay": 0.25,
+    "distillation.noise_accuracy": 0.5,
     "pool_size": 4096,
 }
 

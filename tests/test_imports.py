@@ -35,7 +35,7 @@ LAYERS = (
         "runtime",
         "weights",
     },
-    {"attention", "bn_stats", "data", "models", "pool", "synced_norm"},
+    {"attention", "bn_stats", "data", "models", "noise", "pool", "synced_norm"},
     {"checkpoint", "dataset", "export", "methods"},
     {"distillation", "evaluation", "plan", "quality", "synthesis", "training"},
     {"resume"},

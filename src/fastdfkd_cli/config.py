@@ -84,14 +84,21 @@ class DistillationConfig:
     label_views: int = 0
     #: Weight of attention transfer, which brings the student's spatial attention maps to the teacher's (ZSKT: 250).
     attention_weight: float = 0.0
+    #: Weight of the noisy cross-entropy: the student, through a noise matrix that is learned beside it, against the
+    #: teacher's answers (DFND: 1).
+    noise_weight: float = 0.0
+    #: The noise matrix's diagonal: the teacher's accuracy, as far as it is known (DFND's CIFAR-10 teacher: 0.9523).
+    noise_accuracy: float = 0.95
+    #: Adam's learning rate for the rest of the noise matrix.
+    noise_lr: float = 1e-3
     #: Export the last student, or an exponential moving average of its weights.
     average: Average = "none"
     #: Decay of that average, per KD step.
     average_decay: float = 0.999
 
     def __post_init__(self) -> None:
-        positive(self, "distillation", "batch_size", "temperature", "lr")
-        non_negative(self, "distillation", "lr_min", "weight_decay", "label_views", "attention_weight")
+        positive(self, "distillation", "batch_size", "temperature", "lr", "noise_lr")
+        non_negative(self, "distillation", "lr_min", "weight_decay", "label_views", "attention_weight", "noise_weight")
         require(self.batch_size >= 2, "distillation.batch_size", self.batch_size, "2 or more (batch statistics)")
         at_most(self, "distillation", 2**31, "batch_size", "label_views")
         require(self.lr_min <= self.lr, "distillation.lr_min", self.lr_min, f"at most distillation.lr ({self.lr})")
@@ -110,6 +117,8 @@ class DistillationConfig:
             self.label_views,
             "0 with distillation.attention_weight (kept labels hold no attention maps of the teacher's)",
         )
+        accuracy = self.noise_accuracy
+        require(0 < accuracy < 1, "distillation.noise_accuracy", accuracy, "between 0 and 1, both excluded")
         require(not self.nesterov or self.momentum > 0, "distillation.nesterov", self.nesterov, "off without momentum")
 
 

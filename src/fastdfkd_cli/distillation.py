@@ -35,6 +35,7 @@ from fastdfkd_cli.config import DistillationConfig, RunConfig
 from fastdfkd_cli.distributed import Agreement, largest, mean_, of_leader
 from fastdfkd_cli.errors import FastDFKDError, is_out_of_memory
 from fastdfkd_cli.methods import Synthesizer
+from fastdfkd_cli.noise import NoiseMatrix
 from fastdfkd_cli.pool import ImagePool, to_float
 from fastdfkd_cli.processes import ALONE, Group
 from fastdfkd_cli.records import Phase, Record
@@ -203,6 +204,7 @@ class Student:
         amp: bf16 autocast in both networks.
         acceleration: how its steps may be made faster.
         group: the processes that take each step together, each on a batch of its own.
+        num_classes: needed with ``config.noise_weight`` alone.
     """
 
     def __init__(
@@ -213,6 +215,7 @@ class Student:
         amp: bool,
         acceleration: Acceleration = EAGER,
         group: Group = ALONE,
+        num_classes: int = 0,
     ) -> None:
         self.net = net
         self.group = group
@@ -224,6 +227,10 @@ class Student:
         self.average = None
         if config.average == "ema":
             self.average = ModelEmaV3(net, decay=config.average_decay, use_warmup=True)
+        #: Learned with the student, and no part of it.
+        self.noise = None
+        if config.noise_weight:
+            self.noise = NoiseMatrix(num_classes, config.noise_accuracy, config.noise_lr, device)
         #: Factor on the schedule's rate.
         self.rate = 1.0
         self._answer: Callable[[Tensor], Tensor] = self._forward
@@ -303,7 +310,7 @@ class Student:
         """What :meth:`learn` computes of Eq. 12: a function of tensors, which never asks the device for a number."""
         if images.dtype == torch.uint8:
             images = to_float(images)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         with checkpointed(self.net) if self.acceleration.checkpoint else nullcontext():
             with self._compared(teacher, images) as attention:
                 teacher_logits = teacher if isinstance(teacher, Tensor) else self._ask(teacher, images)
@@ -317,6 +324,8 @@ class Student:
         if self.group.several:
             mean_(self.group, [loss.detach(), agreement, *self._gradients()])
         self.optimizer.step()
+        if self.noise is not None:
+            self.noise.optimizer.step()
         return loss.detach(), agreement
 
     def _compared(
@@ -333,13 +342,23 @@ class Student:
 
     def _loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
         if self.config.loss == "l1":
-            return losses.logit_l1(teacher_logits, student_logits)
-        return losses.distillation(teacher_logits, student_logits, self.config.temperature)
+            loss = losses.logit_l1(teacher_logits, student_logits)
+        else:
+            loss = losses.distillation(teacher_logits, student_logits, self.config.temperature)
+        if self.noise is None:
+            return loss
+        labels = teacher_logits.argmax(1)
+        return loss + self.config.noise_weight * losses.noisy_classification(student_logits, labels, self.noise.log())
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.noise is not None:
+            self.noise.optimizer.zero_grad(set_to_none=True)
 
     def _gradients(self) -> list[Tensor]:
         """One of each weight that is trained, as all processes send the same: 0 where a weight took no part."""
         found = []
-        for parameter in self.net.parameters():
+        for parameter in [*self.net.parameters(), *([self.noise.weight] if self.noise is not None else [])]:
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if parameter.grad is not None:
@@ -347,7 +366,7 @@ class Student:
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights, statistics, momentum and average."""
+        """Weights, statistics, momentum, average and noise matrix."""
         state = {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
         for index, parameter in enumerate(self.net.parameters()):
             momentum = self.optimizer.state[parameter].get("momentum_buffer")
@@ -355,6 +374,8 @@ class Student:
                 state[f"momentum.{index}"] = momentum
         if self.average is not None:
             state |= {f"average.{name}": tensor for name, tensor in self.average.module.state_dict().items()}
+        if self.noise is not None:
+            state |= {f"noise.{name}": tensor for name, tensor in self.noise.state_dict().items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -373,7 +394,8 @@ class Student:
 
     @contextmanager
     def tried(self) -> Iterator[None]:
-        """Steps that are taken back: weights, statistics, momentum and average become again, in place, what they were.
+        """Steps that are taken back: weights, statistics, momentum, average and noise matrix become again, in place,
+        what they were.
 
         In place, because a recording goes on with these very tensors.
         """
@@ -381,6 +403,8 @@ class Student:
         tensors += [value for state in self.optimizer.state.values() for value in state.values()]
         if self.average is not None:
             tensors += [*self.average.module.parameters(), *self.average.module.buffers()]
+        if self.noise is not None:
+            tensors += self.noise.state_dict().values()
         before = [tensor.detach().clone() for tensor in tensors]
         modes = [(module, module.training) for module in self.net.modules()]
         cuda = [self.device] if self.device.type == "cuda" else []
@@ -389,7 +413,7 @@ class Student:
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         for module, mode in modes:
             module.training = mode
 
@@ -488,7 +512,10 @@ class Distillation:
         self.device = device
         self.amp = amp
         self.group = group
-        self.student = Student(student, config.distillation, device, amp, acceleration, group)
+        classes = 0
+        if config.distillation.noise_weight:
+            classes = soft_labels(teacher, torch.full((1, *image_size), 0.5, device=device), amp).shape[1]
+        self.student = Student(student, config.distillation, device, amp, acceleration, group, classes)
         self.pool = pool if pool is not None else self._new_pool(image_size)
         self.rng = torch.Generator().manual_seed(group.seed(config.seed + 1))
         self.costs = Costs()

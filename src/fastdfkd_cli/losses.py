@@ -63,6 +63,23 @@ def distillation(teacher_logits: Tensor, student_logits: Tensor, temperature: fl
     return temperature**2 * kl_divergence(teacher_logits, student_logits, temperature).mean()
 
 
+def noisy_classification(student_logits: Tensor, labels: Tensor, log_transition: Tensor) -> Tensor:
+    """-log (f_s(x) Q)_y: the student's probabilities, passed through a noise matrix, against a label that may be wrong.
+
+    Chen et al., "Learning Student Networks in the Wild" (DFND), CVPR 2021, as its published code has it. In logarithms
+    throughout, so that no probability rounds to 0.
+
+    Args:
+        student_logits: ``[B, C, ...]``.
+        labels: the teacher's answers, int64 ``[B, ...]``.
+        log_transition: log Q, ``[C, C]``: row, what an image is; column, what the teacher calls it.
+    """
+    log_p = F.log_softmax(student_logits.float(), dim=1)
+    # Only the labels' columns take part: [B, ..., C] -> [B, C, ...].
+    columns = log_transition.float().T[labels].movedim(-1, 1)
+    return -torch.logsumexp(log_p + columns, dim=1).mean()
+
+
 def logit_l1(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """D(T, S; x) = |f_t(x) - f_s(x)|_1 / n over the logits of n classes: DFAD's discrepancy (Fang et al., 2019)."""
     return (teacher_logits.float() - student_logits.float()).abs().mean()
@@ -155,5 +172,6 @@ __all__ = [
     "logit_l1",
     "jensen_shannon",
     "kl_divergence",
+    "noisy_classification",
     "total_variation",
 ]

@@ -110,7 +110,7 @@ def timed_steps(
     if learner is not None and trains:
         images = torch.full((kd_batch, *image_size), 128, dtype=torch.uint8, device=device)
         _forget_peak(device)
-        seconds, costs["labels"] = _timed_kd_step(config, teacher, learner, images, views, device, amp)
+        seconds, costs["labels"] = _timed_kd_step(config, teacher, learner, images, views, num_classes, device, amp)
         costs["kd_step"] = seconds * distillation.batch_size / kd_batch
         costs["kd_memory"] = grown() * distillation.batch_size / kd_batch
     if synthesises:
@@ -151,12 +151,13 @@ def _timed_kd_step(
     learner: nn.Module,
     images: Tensor,
     views: int,
+    num_classes: int,
     device: torch.device,
     amp: bool,
 ) -> tuple[float, float]:
     """Seconds of a KD step on ``images``, and of labelling one of them ``views`` times."""
     settings = config.distillation
-    trained = Student(learner, settings, device, amp)
+    trained = Student(learner, settings, device, amp, num_classes=num_classes)
     rng = torch.Generator().manual_seed(0)
     step_seconds = label_seconds = 0.0
     for _ in range(2):  # the first warms up
