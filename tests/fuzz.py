@@ -57,6 +57,7 @@ from fastdfkd_cli.checkpoint import Checkpoints
 from fastdfkd_cli.config import field_names, from_dict, to_dict
 from fastdfkd_cli.data import open_evaluation_data
 from fastdfkd_cli.dataset import DatasetWriter, read_dataset
+from fastdfkd_cli.dataset.reader import check_channels, decode_image, image_files
 from fastdfkd_cli.errors import FastDFKDError, is_out_of_memory
 from fastdfkd_cli.export import model_card
 from fastdfkd_cli.job import override
@@ -585,18 +586,22 @@ FOLDERS = Target(
 
 
 def read_images(how: tuple[str, int], path: str) -> None:
-    """As images to judge on, or to distil on."""
+    """As images to judge on, to distil on, or to choose from."""
     use, channels = how
     if use == "evaluate":
         data = open_evaluation_data(data_dir=path)
         spec = InputSpec(size=(channels, 6, 5), mean=(0.5,) * channels, std=(0.5,) * channels)
         for _ in data.batches([spec], batch_size=4):
             pass
+    elif use == "choose":
+        check_channels((channels, 6, 5))
+        for file in image_files(path, "--unlabeled-dir"):
+            decode_image(file, (channels, 6, 5), "bilinear")
     else:
         read_dataset(path, input_size=(channels, 6, 5))
 
 
-hows = st.tuples(st.sampled_from(["evaluate", "distil"]), st.integers(1, 5))
+hows = st.tuples(st.sampled_from(["evaluate", "distil", "choose"]), st.integers(1, 5))
 TARS = Target(
     name="tars",
     cases=st.tuples(hostile.tar_bytes(hostile.pictures(), ("a", "b")), hows),

@@ -127,6 +127,7 @@ def test_distill_hands_every_option_on(api: FakeApi) -> None:
     succeed(
         *DISTILL, "--output", "out", "--overwrite", "--rounds", "7", "--recipe", "smoke",
         "--set", "distillation.temperature=4", "--steps", "2", "--seed", "5", "--deterministic", "--data-dir", "set",
+        "--unlabeled-dir", "wild",
         "--eval-data", "real", "--eval-dataset", "torch/cifar10", "--eval-split", "test", "--device", "cpu",
         "--compile", "--graphs", "--resume", "auto", "--checkpoint-every", "1m30s",
         "--no-amp", "--teacher-arch", "resnet18", "--teacher-weights", "t.pth", "--teacher-num-classes", "10",
@@ -157,6 +158,7 @@ def test_distill_hands_every_option_on(api: FakeApi) -> None:
             "schedule.time_budget": None,
         },
         "data_dir": "set",
+        "unlabeled_dir": "wild",
         "output": Path("out"),
         "overwrite": True,
         "device": "cpu",

@@ -7,6 +7,7 @@ progress goes to ``on_record`` and remarks to ``on_message``.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
@@ -22,8 +23,10 @@ from fastdfkd_cli.acceleration import Acceleration
 from fastdfkd_cli.checkpoint import Checkpoints
 from fastdfkd_cli.config import RunConfig, to_dict
 from fastdfkd_cli.data import EvaluationData, open_evaluation_data
+from fastdfkd_cli.data.files import ImageFile
 from fastdfkd_cli.dataset import DatasetWriter, SyntheticSet, read_dataset
 from fastdfkd_cli.dataset.parts import check_place, part_folder, part_header, parts_begun, unfinished, unite
+from fastdfkd_cli.dataset.reader import check_channels, image_files, require_memory
 from fastdfkd_cli.distillation import Distillation
 from fastdfkd_cli.distributed import (
     broadcast_,
@@ -52,7 +55,8 @@ from fastdfkd_cli.job import (
     synthesis_plan_of,
     with_names,
 )
-from fastdfkd_cli.methods import build_method
+from fastdfkd_cli.method_config import DFNDConfig
+from fastdfkd_cli.methods import build_method, dfnd
 from fastdfkd_cli.models import ModelOptions, check_forward, load_teacher
 from fastdfkd_cli.output import StagedDirectory, named, write_bytes, write_json
 from fastdfkd_cli.plan import model_size
@@ -85,6 +89,8 @@ from fastdfkd_cli.synthesis import Synthesis, header
 OnRecord = Callable[[Record], None]
 #: Images in samples.png, and on which the export is compared with the student that was trained.
 SAMPLES = 80
+#: Seconds between two remarks on how many images of an unlabelled set are scored.
+SCORED_EVERY = 30.0
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,7 @@ def distill(
     config: RunConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
     data_dir: str | Path | None = None,
+    unlabeled_dir: str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: str | Path | None = None,
@@ -145,6 +152,7 @@ def distill(
         overrides: settings to put on either, by dotted key (``{"synthesis.steps": 2}``), and a budget: ``images`` or
             ``rounds``, which keep the shares of warm-up and final rounds.
         data_dir: distil on these synthetic images instead of making new ones.
+        unlabeled_dir: what the method ``dfnd`` chooses its images from.
         output: the folder to export to; None for no export.
         overwrite: replace a folder that an earlier run left there, and the checkpoints of an unfinished one.
         resume: ``auto`` to go on with the run that did not get to write ``output``, if there is one; or a folder of
@@ -191,10 +199,11 @@ def distill(
             say,
             trains=True,
             given=data_dir is not None,
+            unlabelled=unlabeled_dir is not None,
         )
         assert job.student is not None
         judge = _open_judge(eval_data, eval_dataset, eval_split, job) if group.leads else None
-        given = _read_given(data_dir, job)
+        given = _read_given(data_dir, job) if unlabeled_dir is None else _choose(unlabeled_dir, job, say)
         about = identity(job.config, job.teacher, job.student, machine.amp, given)
         require_same(group, "settings", json.dumps(about, sort_keys=True, default=str))
         if done is not None and done["settings_sha256"] != digest_of(about):
@@ -220,7 +229,8 @@ def distill(
             if latest is not None and latest.processes != group.world_size:
                 say(f"the unfinished run had {latest.processes} process{'es' if latest.processes > 1 else ''}")
         if latest is None or latest.processes != group.world_size:
-            plan = plan_of(job, given) if on_message is not None and group.leads else None
+            wanted = on_message is not None and group.leads
+            plan = plan_of(job, len(given) if given is not None else None) if wanted else None
             if plan is not None:
                 say(cost_line(plan, job.config, group.world_size))
             if given is None:
@@ -254,7 +264,8 @@ def distill(
         except FastDFKDError as error:
             failure = error  # the student is finished: it is not lost to a damaged picture
         held_up = checkpoints.seconds if checkpoints is not None else 0.0
-        report = _report(job, run, given, data_dir, quality, scores, held_up, held, log.elapsed)
+        place = data_dir if unlabeled_dir is None else unlabeled_dir
+        report = _report(job, run, given, place, quality, scores, held_up, held, log.elapsed)
         report["settings_sha256"] = digest_of(about)
         if output is not None:
             with StagedDirectory(output, overwrite) as staged:
@@ -371,6 +382,45 @@ def _read_given(data_dir: str | Path | None, job: Job) -> SyntheticSet | None:
     return given
 
 
+def _candidates(unlabeled_dir: str | Path, job: Job) -> tuple[list[ImageFile], int]:
+    """What a method chooses its images from, and how many it keeps."""
+    check_channels(job.size)
+    files = image_files(unlabeled_dir, "--unlabeled-dir")
+    method = job.config.synthesis
+    assert isinstance(method, DFNDConfig)
+    kept = min(method.images_kept, len(files))
+    hint = " Keep fewer of them: synthesis.images_kept."
+    require_memory(Path(unlabeled_dir), kept, job.size, "--unlabeled-dir", hint)
+    return files, kept
+
+
+def _choose(unlabeled_dir: str | Path, job: Job, say: OnMessage) -> SyntheticSet:
+    """The images that the method keeps of an unlabelled set, with the teacher's answers."""
+    files, kept = _candidates(unlabeled_dir, job)
+    say(f"the teacher scores {len(files):,} images of {unlabeled_dir}")
+    said = time.monotonic()
+
+    def scored(count: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= SCORED_EVERY:
+            said = time.monotonic()
+            say(f"{count:,} of {len(files):,} images are scored")
+
+    chosen = dfnd.choose(
+        job.machine.place(job.teacher),
+        files,
+        keep=kept,
+        image_size=job.size,
+        interpolation=job.teacher.input.interpolation,
+        batch_size=job.config.synthesis.batch_size,
+        device=job.machine.device,
+        on_scored=scored,
+    )
+    least = math.exp(-float(chosen.scores.max()))
+    say(f"{kept:,} of {len(files):,} images are kept; the teacher is {least:.1%} sure of them at least")
+    return SyntheticSet(chosen.images, chosen.labels, None, None, (), candidates=len(files))
+
+
 def _open_judge(eval_data: str | None, eval_dataset: str | None, eval_split: str, job: Job) -> EvaluationData | None:
     """Open the real images before the run, so that a typing error does not show after it."""
     if eval_data is None and eval_dataset is None:
@@ -448,7 +498,8 @@ def _data(given: SyntheticSet | None, data_dir: str | Path | None) -> dict[str, 
     if given is None:
         return None
     made_by = given.manifest["header"] if given.manifest is not None else None
-    return {"path": str(data_dir), "synthetic": given.manifest is not None, "header": made_by}
+    about = {"path": str(data_dir), "synthetic": given.manifest is not None, "header": made_by}
+    return about if given.candidates is None else {**about, "candidates": given.candidates}
 
 
 def _export(folder: Path, job: Job, run: Distillation, report: dict[str, Any], say: OnMessage) -> None:
@@ -719,6 +770,7 @@ def plan_distill(
     config: RunConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
     data_dir: str | Path | None = None,
+    unlabeled_dir: str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     device: str = "auto",
@@ -749,14 +801,20 @@ def plan_distill(
         say,
         trains=True,
         given=data_dir is not None,
+        unlabelled=unlabeled_dir is not None,
     )
     assert job.student is not None
     _open_judge(eval_data, eval_dataset, eval_split, job)
-    given = _read_given(data_dir, job)
+    pool_images: int | None
+    if unlabeled_dir is not None:
+        pool_images = _candidates(unlabeled_dir, job)[1]  # which ones makes no difference to the costs
+    else:
+        given = _read_given(data_dir, job)
+        pool_images = len(given) if given is not None else None
     whole, job.config = job.config, divided(job.config, group.world_size)
-    plan = plan_of(job, given)
+    plan = plan_of(job, pool_images)
     job.config = whole
-    if given is None:
+    if pool_images is None:
         plan["synthetic_images"] *= group.world_size
     plan["processes"] = group.world_size
     return with_names(plan, job, output)

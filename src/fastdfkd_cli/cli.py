@@ -175,6 +175,15 @@ def distill(
             help="Distil on the images of an earlier `fastdfkd synthesize`. Default: synthesise them.",
         ),
     ] = None,
+    unlabeled_dir: Annotated[
+        str | None,
+        option(
+            "--unlabeled-dir",
+            panel=MODELS,
+            metavar="DIR",
+            help="Images that --method dfnd chooses from: a folder, a tar or a folder of tars, of any size.",
+        ),
+    ] = None,
     eval_data: Annotated[
         str | None,
         option(
@@ -261,6 +270,7 @@ def distill(
             "recipe": name,
             "overrides": overrides,
             "data_dir": data_dir,
+            "unlabeled_dir": unlabeled_dir,
             "output": output or Path(f"{slug(student)}-from-{slug(teacher)}"),
             "overwrite": overwrite,
             "device": device,

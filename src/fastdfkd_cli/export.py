@@ -305,6 +305,7 @@ _METHODS = {
     "zskt": "ZSKT (Micaelli & Storkey, *Zero-shot Knowledge Transfer via Adversarial Belief Matching*, NeurIPS 2019)",
     "dfq": "DFQ (Choi et al., *Data-Free Network Quantization With Adversarial Knowledge Distillation*, CVPRW 2020)",
     "dfad": "DFAD (Fang et al., *Data-Free Adversarial Distillation*, 2019)",
+    "dfnd": "DFND (Chen et al., *Learning Student Networks in the Wild*, CVPR 2021)",
     "generative-dfd": "Generative DFD (Luo et al., *Large-Scale Generative Data-Free Distillation*, 2020)",
     "nayer": "NAYER (Tran et al., *Noisy Layer Data Generation for Efficient and Effective Data-free Knowledge "
     "Distillation*, CVPR 2024)",
@@ -350,6 +351,11 @@ def model_card(student: LoadedModel, teacher: LoadedModel | None, report: Mappin
     else:
         title = f"# {safe_text(student.name)}, distilled from {safe_text(teacher.name)}"
         about = "An image classifier that learned its teacher's answers on given images; labels were not used."
+        if data.get("candidates") is not None:
+            about = (
+                f"An image classifier that learned its teacher's answers on those of {data['candidates']:,} unlabelled "
+                f"images of which the teacher is surest, by {_METHODS['dfnd']}."
+            )
     parts = [
         _front_matter(student, teacher, data_free=teacher is not None and (data is None or data["synthetic"])),
         title,

@@ -18,7 +18,7 @@ from torch import nn
 from fastdfkd_cli.acceleration import Acceleration, can_checkpoint
 from fastdfkd_cli.bn_stats import batch_norm_layers
 from fastdfkd_cli.config import RunConfig, from_dict, to_dict
-from fastdfkd_cli.dataset import SyntheticSet, load_manifest
+from fastdfkd_cli.dataset import load_manifest
 from fastdfkd_cli.dataset.layout import is_dataset
 from fastdfkd_cli.distillation import DEFAULT_POOL_IMAGES, label_views
 from fastdfkd_cli.distributed import device_name, first_of_machine, largest
@@ -101,6 +101,7 @@ def prepare(
     *,
     trains: bool,
     given: bool = False,
+    unlabelled: bool = False,
 ) -> Job:
     """Load and check everything that can be wrong before any work is done.
 
@@ -117,12 +118,12 @@ def prepare(
     loaded.module.eval().requires_grad_(False)
     settings = config if config is not None else get_recipe(recipe).config(loaded.input.size)
     settings = override(settings, overrides or {})
-    _check_method(settings, machine.group, student is not None, trains, given)
+    _check_method(settings, machine.group, student is not None, trains, given, unlabelled)
     if given:
         settings = with_method(settings, "kd")
     method = f"method {settings.method}, " if settings.method != "fast" else ""
     say(f"{method}recipe {settings.recipe}, seed {settings.seed}")
-    if not given:
+    if settings.synthesis.makes_images:
         _check_synthesis(settings, loaded, machine.device)
     if trains and settings.quality_images and settings.method != "fast":
         _check_synthesis(signal_config(settings, loaded.input.size), loaded, machine.device, of_signal=True)
@@ -259,8 +260,24 @@ def divided(config: RunConfig, processes: int) -> RunConfig:
     )
 
 
-def _check_method(config: RunConfig, group: Group, has_student: bool, trains: bool, given: bool) -> None:
+def _check_method(
+    config: RunConfig, group: Group, has_student: bool, trains: bool, given: bool, unlabelled: bool
+) -> None:
     """Refuse what a method cannot do, before the student is loaded."""
+    if unlabelled and not config.synthesis.selects:
+        raise UsageError(
+            "--unlabeled-dir is what --method dfnd chooses its images from: name that method, or distil on all of the "
+            "images with --data-dir instead."
+        )
+    if config.synthesis.selects and trains:
+        if given or not unlabelled:
+            raise UsageError(
+                f"The method {config.method} chooses its images from an unlabelled set: name it with --unlabeled-dir"
+                + (", and leave --data-dir out." if given else ".")
+            )
+        if group.several:
+            raise UsageError(f"The method {config.method} works in one process: run it without torchrun.")
+        return
     if given:
         # FastDFKD is the method where none is named, and in the settings of earlier runs.
         if config.synthesis.makes_images and config.method != "fast":
@@ -338,13 +355,14 @@ def bounded_pool(job: Job, say: OnMessage, *, agreed: bool = True) -> RunConfig:
     return replace(config, pool_size=fits)
 
 
-def plan_of(job: Job, given: SyntheticSet | None) -> dict[str, Any]:
+def plan_of(job: Job, given: int | None) -> dict[str, Any]:
+    """What a run costs: on so many images that are given, or on its own."""
     assert job.student is not None
     return distillation_plan(
         job.config if given is not None else bounded_pool(job, silent, agreed=False),
         job.machine.place(job.teacher),
         job.machine.place(job.student),
-        pool_images=len(given.images) if given is not None else None,
+        pool_images=given,
         **job.keywords(),
     )
 

@@ -154,6 +154,7 @@ _BEYOND: dict[str, dict[str, Any]] = {
     },
     "dfq": {"distillation.augmentation": "none"},
     "dfad": {"distillation.loss": "l1", "distillation.augmentation": "none"},
+    "dfnd": {"distillation.temperature": 4.0, "distillation.noise_weight": 1.0},
 }
 #: Methods that vary an image before the teacher sees it as FastDFKD does: as the recipe says (digits: unmirrored).
 _VARY_ALIKE = ("nayer", "generative-dfd")

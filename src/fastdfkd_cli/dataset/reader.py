@@ -45,6 +45,7 @@ class SyntheticSet:
             images that were resized.
         manifest: None for plain images.
         class_folders: in index order.
+        candidates: how many images these were chosen from; None where they were not chosen.
     """
 
     images: Tensor
@@ -52,6 +53,7 @@ class SyntheticSet:
     logits: Tensor | None
     manifest: dict[str, Any] | None
     class_folders: tuple[str, ...]
+    candidates: int | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -80,19 +82,63 @@ def read_dataset(
         FastDFKDError: the images need more memory than there is.
     """
     path = Path(directory)
-    if not path.exists():
-        raise UnavailableError(f"--data-dir {path} does not exist.")
-    if path.is_dir() and (path / MANIFEST).exists():
+    _check_present(path, "--data-dir")
+    if _is_whole_set(path, "--data-dir"):
         return _read_synthetic(path, input_size, interpolation)
-    if parts := parts_in(path):
-        count = max(parts)
-        raise UnavailableError(
-            f"--data-dir {path} is made in {count} parts, and some are not complete: let fastdfkd synthesize go on "
-            "with --resume."
-        )
     if input_size is None:
         raise UsageError(f"--data-dir {path} has no {MANIFEST}: the input size must be given for plain images.")
     return _read_plain(path, input_size, interpolation)
+
+
+def image_files(directory: str | Path, option: str) -> list[ImageFile]:
+    """The images of a folder, a tar, a folder of tars or a synthetic set, found and not yet read, in a fixed order.
+
+    Labels count for nothing here, and :func:`decode_image` reads one at a time: there may be more than memory holds.
+
+    Args:
+        directory: where they are.
+        option: by which name errors call it.
+
+    Raises:
+        UsageError: neither a folder nor a tar.
+        UnavailableError: nothing there, no images in it, or a tar that is damaged.
+    """
+    path = Path(directory)
+    _check_present(path, option)
+    if not _is_whole_set(path, option):
+        return _plain_files(path, option)
+    found: list[ImageFile] = []
+    for shard in load_manifest(path)["shards"]:
+        for name, facts in shard["files"].items():
+            check_file(path / name, facts)
+            if name.endswith(".tar"):
+                found += images_in_tar(path / name)
+    if not found:
+        raise _no_images(path, option)
+    return found
+
+
+def _check_present(path: Path, option: str) -> None:
+    if not path.exists():
+        raise UnavailableError(f"{option} {path} does not exist.")
+
+
+def _is_whole_set(path: Path, option: str) -> bool:
+    """Whether this is a synthetic set of ours, and not parts of one."""
+    if path.is_dir() and (path / MANIFEST).exists():
+        return True
+    if parts := parts_in(path):
+        count = max(parts)
+        raise UnavailableError(
+            f"{option} {path} is made in {count} parts, and some are not complete: let fastdfkd synthesize go on "
+            "with --resume."
+        )
+    return False
+
+
+def _no_images(path: Path, option: str) -> UnavailableError:
+    known = ", ".join(sorted(get_img_extensions()))
+    return UnavailableError(f"{option} {path} holds no images ({known}), neither in class folders nor in a .tar.")
 
 
 def _read_synthetic(path: Path, size: tuple[int, int, int] | None, interpolation: str) -> SyntheticSet:
@@ -107,7 +153,7 @@ def _read_synthetic(path: Path, size: tuple[int, int, int] | None, interpolation
     for shard in manifest["shards"]:
         for name, facts in shard["files"].items():
             check_file(path / name, facts)
-    _require_memory(path, total, size)
+    require_memory(path, total, size)
     labels: list[Tensor] = []
     logits: list[Tensor] = []
     row = 0
@@ -119,7 +165,7 @@ def _read_synthetic(path: Path, size: tuple[int, int, int] | None, interpolation
     try:
         images = torch.empty(total, *size, dtype=torch.uint8)  # so many labels there are
     except RuntimeError as error:  # a limit of the process, which is not the machine's
-        raise _too_large(path, total, size) from error
+        raise _too_large(path, total, size, "--data-dir") from error
     for shard, shard_labels in zip(manifest["shards"], labels, strict=True):
         tar = next(path / name for name in shard["files"] if name.endswith(".tar"))
         files = list(images_in_tar(tar))
@@ -134,17 +180,19 @@ def _read_synthetic(path: Path, size: tuple[int, int, int] | None, interpolation
     return SyntheticSet(images, torch.cat(labels), soft, manifest, tuple(manifest["classes"]))
 
 
-def _too_large(path: Path, count: int, size: tuple[int, int, int]) -> FastDFKDError:
+def _too_large(path: Path, count: int, size: tuple[int, int, int], option: str, hint: str = "") -> FastDFKDError:
     return FastDFKDError(
-        f"--data-dir {path} needs {count * math.prod(size) / 2**30:,.1f} GiB of memory for {count:,} images of "
-        f"{'x'.join(map(str, size))}, more than there is."
+        f"{option} {path} needs {count * math.prod(size) / 2**30:,.1f} GiB of memory for {count:,} images of "
+        f"{'x'.join(map(str, size))}, more than there is.{hint}"
     )
 
 
-def _require_memory(path: Path, count: int, size: tuple[int, int, int]) -> None:
+def require_memory(
+    path: Path, count: int, size: tuple[int, int, int], option: str = "--data-dir", hint: str = ""
+) -> None:
     """Refuse a set that does not fit, before it is read: a manifest may state any number of images, of any size."""
     if count * math.prod(size) > available_memory():
-        raise _too_large(path, count, size)
+        raise _too_large(path, count, size, option, hint)
 
 
 def _read_tensors(path: Path, images: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -181,25 +229,35 @@ def decode_image(
     return pixels(ready)
 
 
-def _plain_files(path: Path) -> list[ImageFile]:
-    """The images of a folder, a tar or a folder of tars."""
+def _plain_files(path: Path, option: str) -> list[ImageFile]:
+    """The images of a folder, a tar or a folder of tars; one at least."""
     if path.is_file():
         if path.suffix != ".tar":
-            raise UsageError(f"--data-dir {path} is neither a folder nor a .tar file.")
-        return list(images_in_tar(path))
-    if tars := tars_in_folder(path):  # a set of ours without its manifest: the pictures beside the tars are for people
-        return [file for tar in tars for file in images_in_tar(tar)]
-    return sorted(images_in_folder(path), key=lambda file: natural_key(file.name))
+            raise UsageError(f"{option} {path} is neither a folder nor a .tar file.")
+        files = list(images_in_tar(path))
+    elif tars := tars_in_folder(path):  # a set of ours without its manifest: the pictures beside are for people
+        files = [file for tar in tars for file in images_in_tar(tar)]
+    else:
+        files = sorted(images_in_folder(path), key=lambda file: natural_key(file.name))
+    if not files:
+        raise _no_images(path, option)
+    return files
+
+
+def check_channels(size: tuple[int, int, int]) -> None:
+    """Refuse images that no file holds.
+
+    Raises:
+        UsageError: fewer channels than 1, or more than 4.
+    """
+    if size[0] not in IMAGE_MODES:
+        raise UsageError(f"Images of 1 to 4 channels can be read, not of {size[0]}.")
 
 
 def _read_plain(path: Path, size: tuple[int, int, int], interpolation: str) -> SyntheticSet:
-    if size[0] not in IMAGE_MODES:
-        raise UsageError(f"Images of 1 to 4 channels can be read, not of {size[0]}.")
-    files = _plain_files(path)
-    if not files:
-        known = ", ".join(sorted(get_img_extensions()))
-        raise UnavailableError(f"--data-dir {path} holds no images ({known}), neither in class folders nor in a .tar.")
-    _require_memory(path, len(files), size)
+    check_channels(size)
+    files = _plain_files(path, "--data-dir")
+    require_memory(path, len(files), size)
     order = _class_order(path, {file.label for file in files} - {""})
     index = {name: number for number, name in enumerate(order)}
     images = torch.stack([decode_image(file, size, interpolation) for file in files])
