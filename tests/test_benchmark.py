@@ -162,6 +162,8 @@ rows:
         (("method: dfad", "train_data: d"), r"row Slow: train_data says nothing to run: distill"),
         (("method: dfad", "method: kd"), r"row Slow: method kd distils on images that are given: name them with data"),
         (("method: dfad", "method: dfad, data_dir: d"), r"row Slow: data_dir goes with method: kd alone"),
+        (("method: dfad", "method: dfnd"), r"row Slow: method dfnd and unlabeled_dir, .* go together"),
+        (("method: dfad", "method: dfad, unlabeled_dir: d"), r"row Slow: method dfnd and unlabeled_dir"),
         (("method: dfad", "optional: 1"), r"row Slow: optional must be true or false, not 1"),
         (("rows:", "rows:\n  - {name: quick/2}"), r"would share a folder"),
         (("rows:", "rows: ["), r"neither YAML nor JSON \(line"),
@@ -201,6 +203,7 @@ rows:
     train_data: ${data}
     train: {epochs: 3, lr: 1e-2}
   - {name: KD, method: kd, data_dir: "${data}", optional: true, rounds: 5}
+  - {name: Wild, method: dfnd, unlabeled_dir: "${data}", optional: true, rounds: 5}
   - {name: Fast}
 """
 
@@ -236,6 +239,7 @@ def test_a_row_trains_or_distils_on_given_images(
     assert asked["overrides"] == {"epochs": 3, "lr": 0.01, "seed": 1}
     assert (asked["mean"], asked["eval_data"], asked["eval_split"], asked["resume"]) == ((0.5,), "held", "b", "auto")
     assert runs.asked["KD/a/s0"]["data_dir"] == "D"
+    assert runs.asked["Wild/a/s0"]["unlabeled_dir"] == "D"
     assert "data_dir" not in runs.asked["Fast/2/a/s0"]
     line = result.summary["lines"][0]
     assert (line["method"], line["figures"]["top1"]["mean"], line["figures"]["total_seconds"]["mean"]) == (
@@ -244,7 +248,7 @@ def test_a_row_trains_or_distils_on_given_images(
         3.0,
     )
     assert {entry["teacher"] for entry in result.summary["quality"]} == {None}  # a training is no second teacher
-    assert sum(run["figures"] is not None for line in result.summary["lines"] for run in line["runs"]) == 16
+    assert sum(run["figures"] is not None for line in result.summary["lines"] for run in line["runs"]) == 20
     benchmark(source, output=out, variables={"data": "D"})
     assert len(trained) == 4
     pytest.importorskip("matplotlib")

@@ -41,7 +41,7 @@ MOST_CELLS = 10_000
 _BUDGETS = ("rounds", "images", "time_budget")
 _TRAIN_DATA = ("train_data", "train_dataset", "train_split")
 _TEXTS = (
-    *("teacher", "student", "method", "recipe", "data_dir", *_TRAIN_DATA),
+    *("teacher", "student", "method", "recipe", "data_dir", "unlabeled_dir", *_TRAIN_DATA),
     *("eval_data", "eval_dataset", "eval_split", "note", "run"),
 )
 _MAPPINGS = ("set", "train", "teacher_options", "student_options", "paper", "expect")
@@ -49,7 +49,17 @@ _SWITCHES = ("amp", "optional")
 _ROW_KEYS = (*_TEXTS, *_MAPPINGS, *_BUDGETS, *_SWITCHES, "steps", "seed")
 #: Keys that mean something to one kind of run alone. In ``defaults`` they stand for the rows of that kind.
 _OF_RUN = {
-    "distill": ("teacher", "teacher_options", "method", "recipe", "data_dir", "set", "steps", *_BUDGETS),
+    "distill": (
+        "teacher",
+        "teacher_options",
+        "method",
+        "recipe",
+        "data_dir",
+        "unlabeled_dir",
+        "set",
+        "steps",
+        *_BUDGETS,
+    ),
     "train": ("train", *_TRAIN_DATA),
 }
 _TOP_KEYS = ("title", "variables", "defaults", "matrix", "rows", "speed_up_against")
@@ -428,6 +438,8 @@ class _Reader:
             raise self._refuse(where, "method kd distils on images that are given: name them with data_dir.")
         elif keys.get("method") != "kd" and keys.get("data_dir"):
             raise self._refuse(where, "data_dir goes with method: kd alone.")
+        elif (keys.get("method") == "dfnd") != bool(keys.get("unlabeled_dir")):
+            raise self._refuse(where, "method dfnd and unlabeled_dir, the images that it chooses from, go together.")
 
     def _by_label(self, values: Mapping[str, Any], key: str, labels: set[str], where: str) -> dict[str, Any]:
         """``paper`` and ``expect`` hold figures, or labels (an axis's, or all joined by /) of lines with theirs."""
@@ -513,7 +525,7 @@ def _request(keys: Mapping[str, Any], seed: int) -> dict[str, Any]:
         **_judgement(keys),
     }
     # Only where it says something: a run that was made before there was the key is still known by its request.
-    return request | ({"data_dir": keys["data_dir"]} if keys.get("data_dir") else {})
+    return request | {name: keys[name] for name in ("data_dir", "unlabeled_dir") if keys.get(name)}
 
 
 def _train_request(keys: Mapping[str, Any], seed: int) -> dict[str, Any]:
