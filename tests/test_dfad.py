@@ -243,8 +243,8 @@ def test_a_setting_of_another_method_is_refused() -> None:
         settings(synthesis__reuse="none")
     with pytest.raises(UsageError, match=r"synthesis.log_discrepancy is no setting of the method fast"):
         override(config(), {"synthesis.log_discrepancy": True})
-    with pytest.raises(UsageError, match="Unknown method 'dfda'. Did you mean dfad"):
-        override(config(), {"method": "dfda"})
+    with pytest.raises(UsageError, match="Unknown method 'deepinvertion'. Did you mean deepinversion"):
+        override(config(), {"method": "deepinvertion"})
     with pytest.raises(UsageError, match="Unknown method"):
         override(config(), {"method": ["dfad"]})
     for changes in ({"lr_generator": 0}, {"beta1": 1.0}, {"batch_size": 1}):
