@@ -236,6 +236,13 @@ def test_settings_of_one_method_are_not_anothers() -> None:
     assert override(zskt, {"method": "zskt"}) == zskt
 
 
+def test_a_pool_is_no_setting_of_a_method_that_keeps_no_images() -> None:
+    with pytest.raises(UsageError, match="pool_size must be 0 with the method dfad"):
+        settings(pool_size=64)
+    assert with_method(config(pool_size=64), "dfad").pool_size == 0
+    assert with_method(config(pool_size=64), "cmi").pool_size == 64
+
+
 def test_a_setting_of_another_method_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"synthesis.reuse is no setting of the method dfad, which has batch_size, lr_gen"

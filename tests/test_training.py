@@ -19,13 +19,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastdfkd_cli import api_train, evaluate, plan_train, stopping, train
+from fastdfkd_cli.config import learning_rate
 from fastdfkd_cli.data import open_training_data
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
 from fastdfkd_cli.job import Machine
 from fastdfkd_cli.models import load_teacher
 from fastdfkd_cli.resume import checkpoint_folder
 from fastdfkd_cli.stopping import Stopped
-from fastdfkd_cli.training import Training, channel_statistics, label_loss, learning_rate
+from fastdfkd_cli.training import Training, channel_statistics, label_loss
 from fastdfkd_cli.training_config import TrainingConfig, from_values
 from tiny import CLASSES, SIZE, net
 

@@ -182,6 +182,36 @@ CheckpointEvery = Annotated[
         help="Save an unfinished run this often, such as 90s or 10m; 0: only when it is stopped. Default: 5m.",
     ),
 ]
+Resume = Annotated[
+    str | None,
+    option(
+        "--resume",
+        panel=OUTPUT,
+        metavar="auto|DIR",
+        help="Go on with an unfinished run: that of --output, if there is one, or of a folder of checkpoints.",
+    ),
+]
+EvalData = Annotated[
+    str | None,
+    option(
+        "--eval-data",
+        panel=DATA,
+        metavar="DIR",
+        help="Judge the finished network on a folder of class folders or a tar of them. Default: no judgement.",
+    ),
+]
+EvalDataset = Annotated[
+    str | None,
+    option(
+        "--eval-dataset",
+        panel=DATA,
+        metavar="NAME",
+        help="Judge it on a data set that timm knows, such as torch/cifar10, or on builtin/digits.",
+    ),
+]
+EvalSplit = Annotated[
+    str, option("--eval-split", panel=DATA, metavar="NAME", help="Split to judge on. Default: validation.")
+]
 DryRun = Annotated[
     bool,
     option("--dry-run", panel=OUTPUT, help="Say what would be done, how large and how long it is, and stop."),

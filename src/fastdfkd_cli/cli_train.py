@@ -20,8 +20,12 @@ from fastdfkd_cli.cli_options import (
     Deterministic,
     Device,
     DryRun,
+    EvalData,
+    EvalDataset,
+    EvalSplit,
     Json,
     Overwrite,
+    Resume,
     Seed,
     option,
     print_plan,
@@ -74,22 +78,9 @@ def train(
             help="Share of the images that is kept back and shown as progress. Default: 0.",
         ),
     ] = None,
-    eval_data: Annotated[
-        str | None,
-        option(
-            "--eval-data",
-            panel=DATA,
-            metavar="DIR",
-            help="Judge the finished network on a folder of class folders or a tar of them. Default: no judgement.",
-        ),
-    ] = None,
-    eval_dataset: Annotated[
-        str | None,
-        option("--eval-dataset", panel=DATA, metavar="NAME", help="Judge it on a data set that timm knows."),
-    ] = None,
-    eval_split: Annotated[
-        str, option("--eval-split", panel=DATA, metavar="NAME", help="Split to judge on. Default: validation.")
-    ] = "validation",
+    eval_data: EvalData = None,
+    eval_dataset: EvalDataset = None,
+    eval_split: EvalSplit = "validation",
     output: Annotated[
         Path | None,
         option(
@@ -101,15 +92,7 @@ def train(
             help="Folder for the network and its report. Default: ./MODEL-trained.",
         ),
     ] = None,
-    resume: Annotated[
-        str | None,
-        option(
-            "--resume",
-            panel=OUTPUT,
-            metavar="auto|DIR",
-            help="Go on with an unfinished run: that of --output, if there is one, or of a folder of checkpoints.",
-        ),
-    ] = None,
+    resume: Resume = None,
     overwrite: Overwrite = False,
     checkpoint_every: CheckpointEvery = None,
     dry_run: DryRun = False,

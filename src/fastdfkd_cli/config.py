@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from fastdfkd_cli.errors import UsageError, brief, did_you_mean
 from fastdfkd_cli.method_config import (
@@ -201,6 +202,12 @@ class RunConfig:
             f"0 or at least synthesis.batch_size ({self.synthesis.batch_size})",
         )
         require(
+            self.pool_size == 0 or not self.synthesis.feeds,
+            "config.pool_size",
+            self.pool_size,
+            f"0 with the method {self.method} (no image is kept)",
+        )
+        require(
             not (self.deterministic and self.schedule.time_budget is not None),
             "schedule.time_budget",
             self.schedule.time_budget,
@@ -241,6 +248,25 @@ _SECTIONS: dict[str, tuple[type, ...]] = {
     "distillation": (DistillationConfig,),
     "schedule": (ScheduleConfig,),
 }
+
+
+class Rates(Protocol):
+    """The settings of a schedule of learning rates."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def lr_min(self) -> float: ...
+    @property
+    def lr_warmup(self) -> float: ...
+
+
+def learning_rate(config: Rates, done: float) -> float:
+    """Linear warm-up, then a cosine from ``lr`` to ``lr_min``; ``done`` is the share of steps taken, 0 to 1."""
+    if done < config.lr_warmup:
+        return config.lr * max(done / config.lr_warmup, 0.01)
+    position = (done - config.lr_warmup) / (1 - config.lr_warmup)
+    return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * min(position, 1.0))) / 2
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -327,7 +353,8 @@ def _apply(config: RunConfig, flat: Mapping[str, Any]) -> RunConfig:
         method = coerce("method", flat.pop("method"), typing.get_type_hints(RunConfig)["method"])
         if method != config.method:
             section = SETTINGS[method](batch_size=config.synthesis.batch_size)
-            config = dataclasses.replace(config, method=method, synthesis=section)
+            kept = 0 if section.feeds else config.pool_size
+            config = dataclasses.replace(config, method=method, synthesis=section, pool_size=kept)
     top: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
@@ -402,6 +429,7 @@ __all__ = [
     "field_names",
     "from_dict",
     "full_key",
+    "learning_rate",
     "parse_value",
     "to_dict",
     "with_overrides",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
@@ -31,10 +31,10 @@ from fastdfkd_cli.acceleration import (
 )
 from fastdfkd_cli.attention import AttentionPairs
 from fastdfkd_cli.augment import augment
-from fastdfkd_cli.config import DistillationConfig, RunConfig
+from fastdfkd_cli.config import DistillationConfig, RunConfig, learning_rate
 from fastdfkd_cli.distributed import Agreement, largest, mean_, of_leader
 from fastdfkd_cli.errors import FastDFKDError, is_out_of_memory
-from fastdfkd_cli.methods import Synthesizer
+from fastdfkd_cli.methods import Feeder, Synthesizer
 from fastdfkd_cli.noise import NoiseMatrix
 from fastdfkd_cli.pool import ImagePool, to_float
 from fastdfkd_cli.processes import ALONE, Group
@@ -272,14 +272,8 @@ class Student:
             return self.net(images)
 
     def set_learning_rate(self, done: float) -> float:
-        """Linear warm-up, then a cosine from ``lr`` to ``lr_min``; ``done`` is the share of steps taken, 0 to 1."""
-        config = self.config
-        if done < config.lr_warmup:
-            rate = config.lr * max(done / config.lr_warmup, 0.01)
-        else:
-            position = (done - config.lr_warmup) / (1 - config.lr_warmup)
-            rate = config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * min(position, 1.0))) / 2
-        rate *= self.rate
+        """Take the schedule's rate when the share ``done`` of all steps is taken, and return it."""
+        rate = self.rate * learning_rate(self.config, done)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
@@ -715,7 +709,8 @@ class Distillation:
         """Images for a KD step: the method's own, or some of the pool with their soft labels where those are kept."""
         config = self.config.distillation
         if self.synthesizer is not None and self.config.synthesis.feeds:
-            return augment(self.synthesizer.training_batch(config.batch_size), rng, config.augmentation), None
+            made = cast(Feeder, self.synthesizer).training_batch(config.batch_size)
+            return augment(made, rng, config.augmentation), None
         return self.pool.sample(config.batch_size, rng, config.augmentation)
 
     def _label_new_images(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdfkd_cli.augment import augment
+from fastdfkd_cli.config import learning_rate
 from fastdfkd_cli.data import EvaluationData
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
 from fastdfkd_cli.models import InputSpec
@@ -53,14 +54,6 @@ def label_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         smoothing: s, in [0, 1).
     """
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-
-
-def learning_rate(config: TrainingConfig, done: float) -> float:
-    """Linear warm-up, then a cosine from ``lr`` to ``lr_min``; ``done`` is the share of steps taken, 0 to 1."""
-    if done < config.lr_warmup:
-        return config.lr * max(done / config.lr_warmup, 0.01)
-    position = (done - config.lr_warmup) / (1 - config.lr_warmup)
-    return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * min(position, 1.0))) / 2
 
 
 class Reading:
@@ -435,4 +428,4 @@ class Training:
         )
 
 
-__all__ = ["Reading", "Training", "channel_statistics", "label_loss", "learning_rate"]
+__all__ = ["Reading", "Training", "channel_statistics", "label_loss"]

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastdfkd_cli.data.files import IMAGE_MODES, first_line
-from fastdfkd_cli.errors import UnavailableError, brief
-from fastdfkd_cli.output import file_damage, plain_json
+from fastdfkd_cli.errors import UnavailableError, UsageError, brief
+from fastdfkd_cli.output import differences, file_damage, named, plain_json
 
 FORMAT = "synthetic-images"
 FORMAT_VERSION = 1
@@ -60,6 +60,22 @@ def set_identity(
         "header": header,
     }
     return dict(plain_json(about))
+
+
+def require_identity(folder: Path, manifest: Mapping[str, Any], expected: Mapping[str, Any], *, was: str) -> None:
+    """Refuse to go on with a set under other settings.
+
+    Args:
+        expected: what :func:`set_identity` gives for the present ones.
+        was: what those of the manifest were used for: "begun", "made".
+
+    Raises:
+        UsageError: the first few differences are named.
+    """
+    found = differences({key: manifest.get(key) for key in expected}, expected)
+    if found:
+        shown = named([part.removeprefix("header.") for part in found], most=4, separator="; ")
+        raise UsageError(f"{folder} was {was} with other settings: {shown}. Give the same, or another --output.")
 
 
 def is_dataset(folder: Path) -> bool:

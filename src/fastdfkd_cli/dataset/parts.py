@@ -35,13 +35,13 @@ from fastdfkd_cli.dataset.layout import (
     is_dataset,
     load_manifest,
     parts_in,
+    require_identity,
     set_identity,
 )
 from fastdfkd_cli.errors import UnavailableError, UsageError
 from fastdfkd_cli.output import (
     LITTER,
     OWNER_KEY,
-    differences,
     files_below,
     lock_folder,
     named,
@@ -165,7 +165,7 @@ def unite(
     try:
         if is_dataset(folder):
             manifest = load_manifest(folder)
-            _require_same(folder, manifest, expected)
+            require_identity(folder, manifest, expected, was="made")
         else:
             parts = [_complete(part_folder(folder, Part(number, count))) for number in range(1, count + 1)]
             for number, part in enumerate(parts, start=1):
@@ -191,20 +191,13 @@ def _complete(folder: Path) -> dict[str, Any] | None:
     return manifest if manifest["complete"] else None
 
 
-def _require_same(folder: Path, manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    found = differences({key: manifest.get(key) for key in expected}, expected)
-    if found:
-        shown = named([part.removeprefix("header.") for part in found], most=4, separator="; ")
-        raise UsageError(f"{folder} was made with other settings: {shown}. Give the same, or another --output.")
-
-
 def _check_part(folder: Path, manifest: Mapping[str, Any], part: Part, expected: Mapping[str, Any]) -> None:
     """Refuse a part that does not belong to the set."""
     home, parts = part_folder(folder, part), expected["header"]["parts"]
     about = {key: value for key, value in manifest["header"].items() if key not in _OWN}
     its_own = part_header(part, parts["images"])["part"]
     same = {**manifest, "header": {**about, "parts": parts, "part": manifest["header"].get("part")}}
-    _require_same(home, same, {**expected, "header": {**expected["header"], "part": its_own}})
+    require_identity(home, same, {**expected, "header": {**expected["header"], "part": its_own}}, was="made")
     if (images := sum(manifest["counts"])) != len(part.range(parts["images"])):
         raise UnavailableError(f"{home / MANIFEST} is damaged: it calls itself complete with {images} images.")
 

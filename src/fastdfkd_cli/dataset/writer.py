@@ -37,6 +37,7 @@ from fastdfkd_cli.dataset.layout import (
     class_folders,
     is_dataset,
     load_manifest,
+    require_identity,
     set_identity,
 )
 from fastdfkd_cli.errors import UnavailableError, UsageError
@@ -44,7 +45,6 @@ from fastdfkd_cli.output import (
     LITTER,
     OWNER_KEY,
     check_replaceable,
-    differences,
     files_below,
     lock_folder,
     named,
@@ -273,12 +273,7 @@ class DatasetWriter:
 
     def _read_back(self) -> None:
         manifest = load_manifest(self.directory)
-        found = differences({key: manifest.get(key) for key in self._identity}, self._identity)
-        if found:
-            shown = named([part.removeprefix("header.") for part in found], most=4, separator="; ")
-            raise UsageError(
-                f"{self.directory} was begun with other settings: {shown}. Give the same, or another --output."
-            )
+        require_identity(self.directory, manifest, self._identity, was="begun")
         self._shards = list(manifest["shards"])
         self._counts = list(manifest["counts"])
         self._state_files = manifest["state"]

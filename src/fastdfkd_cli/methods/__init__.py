@@ -42,14 +42,6 @@ class Synthesizer(Protocol):
         """Make one batch; with a student (images in [0, 1] -> logits), the adversarial term takes part."""
         ...
 
-    def training_batch(self, count: int) -> Tensor:
-        """Images ``[count, C, H, W]`` in [0, 1] for one KD step, made now, of a method that ``feeds`` the student.
-
-        Raises:
-            NotImplementedError: the student learns from the pool.
-        """
-        ...
-
     def renew(self) -> None:
         """The schedule's one-time renewal of diversity (``synthesis.generator_reset_after``)."""
         ...
@@ -75,6 +67,14 @@ class Synthesizer(Protocol):
 
     def close(self) -> None:
         """Take everything off the teacher again."""
+        ...
+
+
+class Feeder(Synthesizer, Protocol):
+    """A method whose settings say that it ``feeds`` the student, which then learns from no pool."""
+
+    def training_batch(self, count: int) -> Tensor:
+        """Images ``[count, C, H, W]`` in [0, 1] for one KD step, made now."""
         ...
 
 
@@ -121,4 +121,4 @@ def build_method(
     return METHODS[config.method](config, teacher, seed=config.seed if seed is None else seed, **keywords)
 
 
-__all__ = ["METHODS", "SyntheticBatch", "Synthesizer", "build_method"]
+__all__ = ["METHODS", "Feeder", "SyntheticBatch", "Synthesizer", "build_method"]

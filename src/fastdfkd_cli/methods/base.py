@@ -185,9 +185,6 @@ class Method(ABC, Generic[SettingsT]):
     def settle(self) -> None:
         """Bring about what most batches of a run are made in, where the first ones cost less: for timing alone."""
 
-    def training_batch(self, count: int) -> Tensor:
-        raise NotImplementedError("the student learns from the pool")
-
     def renew(self) -> None:
         """Nothing: the schedule renews FastDFKD's generator."""
 
@@ -211,11 +208,11 @@ class Method(ABC, Generic[SettingsT]):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.rate = float(state["rate"])
-        self.load_own_state(_part(state, "own."))
+        self.load_own_state(part_of(state, "own."))
         self.batches = int(state["batches"])
         self.rng.set_state(state["rng"].cpu())
         if self.statistics is not None:
-            found = _part(state, "statistics.")
+            found = part_of(state, "statistics.")
             self.statistics.load_state_dict({name: tensor.to(self.device) for name, tensor in found.items()})
 
     def close(self) -> None:
@@ -279,7 +276,7 @@ class OneGenerator(Method[SettingsT]):
         return state | optimizer_state(self.optimizer)
 
     def load_own_state(self, state: Mapping[str, Tensor]) -> None:
-        self.generator.load_state_dict(_part(state, "generator."))
+        self.generator.load_state_dict(part_of(state, "generator."))
         self.optimizer = self._new_optimizer()
         load_optimizer_state(self.optimizer, state)
 
@@ -296,7 +293,7 @@ def load_optimizer_state(
     """Put what :func:`optimizer_state` gave into an optimiser over the same weights, at the rates that it has."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in _part(state, f"{name}.").items():
+    for key, tensor in part_of(state, f"{name}.").items():
         index, _, entry = key.partition(".")
         # In the weight's own memory layout, which a file does not keep: the fused kernel walks both alike.
         like = parameters[int(index)] if entry != "step" else tensor
@@ -305,7 +302,8 @@ def load_optimizer_state(
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries of ``state`` whose names begin with ``prefix``, without it."""
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
@@ -317,5 +315,6 @@ __all__ = [
     "keep_lower",
     "load_optimizer_state",
     "optimizer_state",
+    "part_of",
     "restart",
 ]

@@ -457,10 +457,6 @@ class FastMeta:
                 for value in state.values():
                     value.zero_()
 
-    def training_batch(self, count: int) -> Tensor:
-        """The student learns from the pool, on all batches so far."""
-        raise NotImplementedError("the student learns from the pool")
-
     def renew(self) -> None:
         """Draw the shared generator's first layer anew (pixels have none)."""
         if isinstance(self.shared, Generator):

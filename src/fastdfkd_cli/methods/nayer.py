@@ -29,7 +29,7 @@ from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.errors import UnavailableError, UsageError
 from fastdfkd_cli.generators import Generator
 from fastdfkd_cli.method_config import NAYERConfig
-from fastdfkd_cli.methods.base import Method, SyntheticBatch, frozen
+from fastdfkd_cli.methods.base import Method, SyntheticBatch, frozen, keep_lower, part_of
 from fastdfkd_cli.output import one_line
 from fastdfkd_cli.pool import to_uint8
 
@@ -137,7 +137,7 @@ class NAYER(Method[NAYERConfig]):
         embeddings = self.embeddings[labels]
         weights = [*self.generator.parameters(), *self.noise.parameters()]
         optimizer = self.adam(weights, settings.lr_generator, (settings.beta1, settings.beta2))
-        kept: SyntheticBatch | None = None
+        kept: dict[str, Tensor] = {}
         moments = torch.empty(0)
         with frozen(student):
             for _ in range(settings.steps):
@@ -149,13 +149,12 @@ class NAYER(Method[NAYERConfig]):
                 varied = apply_augmentation(images, settings.augmentation, to_device(draws, self.device))
                 terms, moments = self.terms(varied, labels, student)
                 terms["total"].backward()
-                kept = _better(kept, to_uint8(images.detach()), labels, terms)
+                kept = keep_lower(kept, {"images": to_uint8(images), **terms})
                 optimizer.step()
         if self.statistics is not None:
             self.statistics.accumulate(moments)
         self.batches += 1
-        assert kept is not None
-        return kept
+        return SyntheticBatch(kept.pop("images"), labels, kept)
 
     def own_state(self) -> dict[str, Tensor]:
         """Of the noisy layers the shared norm alone: the others are drawn for each batch."""
@@ -164,24 +163,11 @@ class NAYER(Method[NAYERConfig]):
         return state | {"embeddings": self.embeddings}
 
     def load_own_state(self, state: Mapping[str, Tensor]) -> None:
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
         if state["embeddings"].shape != self.embeddings.shape:
             raise ValueError("these embeddings are another run's")
         self.embeddings = state["embeddings"].to(self.device)  # a file may be another by now
-        self.generator.load_state_dict(part("generator."))
-        self.noise.norm.load_state_dict(part("norm."))
-
-
-def _better(kept: SyntheticBatch | None, images: Tensor, labels: Tensor, terms: Mapping[str, Tensor]) -> SyntheticBatch:
-    """The one of two iterates with the lower total loss, without asking the device for a number."""
-    found = {name: term.detach() for name, term in terms.items()}
-    if kept is None:
-        return SyntheticBatch(images, labels, found)
-    better = found["total"] < kept.losses["total"]
-    chosen = {name: torch.where(better, found[name], kept.losses[name]) for name in found}
-    return SyntheticBatch(torch.where(better, images, kept.images), labels, chosen)
+        self.generator.load_state_dict(part_of(state, "generator."))
+        self.noise.norm.load_state_dict(part_of(state, "norm."))
 
 
 def _read_embeddings(path: str, classes: int) -> Tensor:
