@@ -267,8 +267,9 @@ def test_another_number_of_processes_goes_on(ran: dict[str, Any]) -> None:
                 assert report["processes"] == size
                 assert report["global_batch"] == {"synthesis": 4 * size, "distillation": 4 * size}
                 # The images of before are dealt, each once, and evenly; and those that were to come are made.
+                # When the processes agree on the stop is a matter of time: the small pool may be full by then, or not.
                 taken_up, before = results[0]["found"]
-                assert taken_up == (24 if name == "given" else before)
+                assert taken_up == {"made": before, "latent": min(before, 24), "given": 24}[name]
                 pools = [result["pool"] for result in results]
                 assert sum(pools) == report["pool"] >= 24
                 assert max(pools) - min(pools) <= 1
