@@ -44,6 +44,13 @@ def non_negative(owner: object, section: str, *names: str) -> None:
         require(value >= 0, f"{section}.{name}", value, "0 or more")
 
 
+def below_one(owner: object, section: str, *names: str) -> None:
+    """Adam's betas, momentum and other shares that leave something: in [0, 1)."""
+    for name in names:
+        value = getattr(owner, name)
+        require(0 <= value < 1, f"{section}.{name}", value, "in [0, 1)")
+
+
 def _weights(owner: object, *names: str) -> None:
     """Weights of loss terms: none negative, and one above 0 at least."""
     non_negative(owner, "synthesis", *names)
@@ -168,9 +175,7 @@ class SynthesisConfig(MethodConfig):
         non_negative(self, "synthesis", "feature_weight", "class_weight", "adversarial_weight")
         non_negative(self, "synthesis", "latent_reset_every", "generator_reset_after")
         at_most(self, "synthesis", 2**31, "steps")
-        for name in ("beta1", "beta2", "feature_momentum"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"synthesis.{name}", value, "in [0, 1)")
+        below_one(self, "synthesis", "beta1", "beta2", "feature_momentum")
         require(
             self.feature_weight + self.class_weight + self.adversarial_weight > 0,
             "synthesis.feature_weight, class_weight and adversarial_weight",
@@ -219,9 +224,7 @@ class DeepInversionConfig(MethodConfig):
         non_negative(self, "synthesis", "feature_weight", "class_weight", "adversarial_weight", "tv_weight")
         non_negative(self, "synthesis", "l2_weight")
         _descends(self, "feature_weight", "class_weight", "adversarial_weight")
-        for name in ("beta1", "beta2", "jitter"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"synthesis.{name}", value, "in [0, 1)")
+        below_one(self, "synthesis", "beta1", "beta2", "jitter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,9 +276,7 @@ class CMIConfig(MethodConfig):
         at_most(self, "synthesis", 2**20, "bank_mib")
         at_most(self, "synthesis", 2**16, "head_dim", "head_hidden")
         _descends(self, "feature_weight", "class_weight", "adversarial_weight", "contrastive_weight")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"synthesis.{name}", value, "in [0, 1)")
+        below_one(self, "synthesis", "beta1", "beta2")
         require(0 < self.local_scale <= 1, "synthesis.local_scale", self.local_scale, "in (0, 1]")
 
     @property
@@ -300,9 +301,7 @@ class OneGeneratorConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "synthesis", "lr_generator")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"synthesis.{name}", value, "in [0, 1)")
+        below_one(self, "synthesis", "beta1", "beta2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,9 +404,7 @@ class NAYERConfig(MethodConfig):
         at_most(self, "synthesis", 2**16, "embedding_dim")
         at_most(self, "synthesis", 2**31, "steps", "generator_life")
         non_negative(self, "synthesis", "generator_life", "feature_weight", "class_weight", "adversarial_weight")
-        for name in ("beta1", "beta2", "feature_momentum"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"synthesis.{name}", value, "in [0, 1)")
+        below_one(self, "synthesis", "beta1", "beta2", "feature_momentum")
         # Rounds that only synthesise have no student, and so no adversarial term.
         require(
             self.feature_weight + self.class_weight > 0,
@@ -453,9 +450,7 @@ class GenerativeDFDConfig(MethodConfig):
             self.classes_per_batch,
             f"at most half of synthesis.batch_size ({self.batch_size})",
         )
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"synthesis.{name}", value, "in [0, 1)")
+        below_one(self, "synthesis", "beta1", "beta2")
         require(
             self.feature_weight + self.class_weight > 0,
             "synthesis.feature_weight and class_weight",
@@ -528,6 +523,7 @@ __all__ = [
     "SynthesisConfig",
     "ZSKTConfig",
     "at_most",
+    "below_one",
     "non_negative",
     "positive",
     "require",
