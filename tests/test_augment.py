@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdfkd_cli.augment import augment, crop_flip, resized_crop_flip
+from fastdfkd_cli.augment import augment, crop_flip, mix, resized_crop_flip
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -178,3 +178,55 @@ def test_crops_do_not_lose_precision_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         lowered = resized_crop_flip(images, torch.Generator().manual_seed(1))
     assert torch.equal(plain, lowered)
+
+
+def shares(mixed: Tensor) -> Tensor:
+    """Of each pixel ``[B, H, W]``, the share of an image's own: the images are 0, 1, 0, 1, ... all over."""
+    own = torch.arange(len(mixed)) % 2
+    return torch.where(own[:, None, None] == 1, mixed[:, 0], 1 - mixed[:, 0])
+
+
+def stripes(count: int, height: int = 16, width: int = 24) -> Tensor:
+    return (torch.arange(count) % 2).float()[:, None, None, None].expand(count, 1, height, width)
+
+
+def test_mixup_blends_an_image_with_the_next_by_a_uniform_share() -> None:
+    found = shares(mix(stripes(2000), rng(), mixup=1, cutmix=0))
+    assert (found - found[:, :1, :1]).abs().max() < 1e-6  # one share for an image
+    stays = found[:, 0, 0].sort().values
+    assert (stays - torch.linspace(0, 1, 2000)).abs().max() < 0.05
+
+
+def test_cutmix_pastes_a_rectangle_of_the_next() -> None:
+    found = shares(mix(stripes(4000), rng(), mixup=0, cutmix=1))
+    assert found.unique().tolist() == [0.0, 1.0]
+    pasted = found == 0
+    rows, columns = pasted.any(2), pasted.any(1)
+    assert torch.equal(pasted, rows[:, :, None] & columns[:, None, :])
+    for marked in (rows, columns):  # one piece
+        assert ((marked[:, 1:] != marked[:, :-1]).sum(1) + marked[:, 0] + marked[:, -1] <= 2).all()
+    # Sides a and a (as shares), a^2 uniform in [0, 1], the centre uniform, what sticks out cut off: of a side there is
+    # E[a - a^2 / 4], and of the area E[(a - a^2 / 4)^2] = E[a^2 - a^3 / 2 + a^4 / 16] = 1/2 - 1/5 + 1/48.
+    assert pasted.float().mean().item() == pytest.approx(1 / 2 - 1 / 5 + 1 / 48, abs=0.015)
+    assert rows.float().mean().item() == pytest.approx(2 / 3 - 1 / 8, abs=0.015)
+    # Centres anywhere: both borders are reached alike.
+    assert rows[:, 0].float().mean().item() == pytest.approx(rows[:, -1].float().mean().item(), abs=0.04)
+
+
+def test_so_many_images_are_mixed_in_each_way() -> None:
+    found = shares(mix(stripes(4000), rng(), mixup=0.5, cutmix=0.2)).flatten(1)
+    blended = ((found > 0) & (found < 1)).any(1).float().mean()
+    pasted = (((found == 0) | (found == 1)).all(1) & (found == 0).any(1)).float().mean()
+    assert blended.item() == pytest.approx(0.5, abs=0.03)
+    assert pasted.item() == pytest.approx(0.2, abs=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_mixtures_of_the_numbers_that_are_given(dtype: torch.dtype) -> None:
+    images = torch.randint(0, 256, (8, 3, 6, 4), generator=rng(1)).to(dtype)
+    assert torch.equal(mix(images, rng(), mixup=0, cutmix=0), images)
+    mixed = mix(images, rng(), mixup=1, cutmix=0)
+    assert (mixed.dtype, mixed.shape) == (dtype, images.shape)
+    stays = torch.rand(4, 8, generator=rng())[1].view(8, 1, 1, 1)
+    expected = stays * images.double() + (1 - stays) * images.roll(-1, 0).double()
+    assert (mixed.double() - expected).abs().max() <= (0.5001 if dtype == torch.uint8 else 1e-3)

@@ -46,6 +46,8 @@ OTHER: dict[str, Any] = {
     "distillation.lr_warmup": 0.25,
     "distillation.average_decay": 0.25,
     "distillation.noise_accuracy": 0.5,
+    "distillation.mixup": 0.25,
+    "distillation.cutmix": 0.25,
     "pool_size": 4096,
 }
 
@@ -188,6 +190,8 @@ OUT_OF_RANGE = {
     "distillation.weight_decay": [-1],
     "distillation.average_decay": [1],
     "distillation.label_views": [-1, 2**62],
+    "distillation.mixup": [-0.1, 1.1],
+    "distillation.cutmix": [-0.1, 1.1],
     "schedule.rounds": [0, 20],
     "schedule.warmup_rounds": [-1, 220],
     "schedule.batches_per_round": [0, 2**62],
@@ -216,6 +220,8 @@ def test_values_out_of_range(key: str, value: float) -> None:
             {"distillation.label_views": 2, "distillation.augmentation": "none"},
             "distillation.label_views must be at most 1 with distillation.augmentation=none",
         ),
+        ({"distillation.mixup": 0.6, "distillation.cutmix": 0.5}, "at most 1 less distillation.mixup"),
+        ({"distillation.mixup": 0.5, "distillation.label_views": 2}, "each mixture is new, and labelled anew"),
         ({"deterministic": True, "schedule.time_budget": 60}, "not repeatable"),
         ({"schedule.rounds": 10, "schedule.warmup_rounds": 6, "schedule.final_rounds": 4}, "less than schedule.rounds"),
         ({"pool_size": 100, "synthesis.batch_size": 101}, "at least synthesis.batch_size"),

@@ -467,6 +467,31 @@ def test_without_augmentation_labels_are_used_again_and_nothing_changes(pool_siz
         assert torch.allclose(a, b, rtol=tolerance, atol=tolerance), name
 
 
+@pytest.mark.parametrize("mixed", [{"distillation__mixup": 1.0}, {"distillation__cutmix": 1.0}])
+def test_the_teacher_labels_mixtures_and_the_student_learns_from_the_same(mixed: dict[str, float]) -> None:
+    run, model = counting(config(distillation__augmentation="none", **mixed))
+    shown: list[tuple[Tensor, Tensor]] = []
+    answer, learn = model.forward, run.student.learn
+
+    def noted(teacher: Any, images: Tensor, step: int) -> Any:
+        answers: list[Tensor] = []
+        model.forward = lambda given: answers.append(given) or answer(given)  # type: ignore[method-assign,func-returns-value]
+        result = learn(teacher, images, step)
+        shown.append((images, answers[0]))
+        return result
+
+    run.student.learn = noted  # type: ignore[method-assign]
+    list(run)
+    assert run.label_views == 0  # kept labels would be those of other images
+    assert len(shown) == run.steps_taken > 0
+    stored = {tuple(image.flatten().tolist()) for image in run.pool.images}
+    new = 0
+    for images, answered in shown:
+        assert torch.equal(images.float() / 255, answered)
+        new += sum(tuple(image.flatten().tolist()) not in stored for image in images)
+    assert new > len(shown)
+
+
 def test_images_that_made_room_before_the_first_step_are_never_labelled() -> None:
     settings = config(
         distillation__augmentation="none", pool_size=4, schedule__rounds=5, schedule__warmup_rounds=4,

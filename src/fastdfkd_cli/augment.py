@@ -1,4 +1,4 @@
-"""Crops and flips drawn per image and applied to a whole batch at once.
+"""Crops, flips and mixtures drawn per image and applied to a whole batch at once.
 
 torchvision draws one decision for a batch; here each image has its own. Shifted crops and flips only move pixels,
 so their derivative moves gradients back the same way: no interpolation, and deterministic on every device.
@@ -151,4 +151,35 @@ def augment(images: Tensor, rng: torch.Generator, kind: Augmentation) -> Tensor:
     return apply_augmentation(images, kind, draws.to(images.device))
 
 
-__all__ = ["apply_augmentation", "augment", "crop_flip", "draw_augmentation", "resized_crop_flip"]
+def mix(images: Tensor, rng: torch.Generator, *, mixup: float, cutmix: float) -> Tensor:
+    """Blend images with others of the batch (mixup), or paste rectangles of others into them (CutMix).
+
+    The other is the next one of the batch, which has to be in random order. How much of an image stays is drawn
+    uniformly from [0, 1] for each: the Beta(1, 1) of both papers. Labels are not mixed: the teacher sees the mixture.
+
+    Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018; Yun et al., CutMix, ICCV 2019 (the rectangle has
+    the same shape as the image, a random centre, and is cut off at the border).
+
+    Args:
+        images: ``[B, C, H, W]``, uint8 (rounded) or float.
+        rng: source of the draws.
+        mixup: probability that an image is blended.
+        cutmix: probability that it gets a rectangle instead; at most ``1 - mixup``.
+    """
+    count, _, height, width = images.shape
+    which, stays, centre_y, centre_x = torch.rand(4, count, generator=rng, device=rng.device).to(images.device)
+    # Half the sides, as shares: the rectangle covers 1 - stays of the area, before the border cuts it off.
+    half = (1 - stays).sqrt() / 2
+    y = (torch.arange(height, device=images.device) + 0.5) / height
+    x = (torch.arange(width, device=images.device) + 0.5) / width
+    inside = ((y - centre_y[:, None]).abs() < half[:, None])[:, :, None] & (
+        (x - centre_x[:, None]).abs() < half[:, None]
+    )[:, None, :]
+    kept = torch.where(which[:, None, None] < mixup, stays[:, None, None], (~inside).float())
+    kept = torch.where(which[:, None, None] < mixup + cutmix, kept, 1.0).unsqueeze(1)
+    own, other = images.float(), images.roll(-1, 0).float()
+    mixed = torch.lerp(other, own, kept)
+    return mixed.round().to(torch.uint8) if images.dtype == torch.uint8 else mixed.to(images.dtype)
+
+
+__all__ = ["apply_augmentation", "augment", "crop_flip", "draw_augmentation", "mix", "resized_crop_flip"]

@@ -83,6 +83,10 @@ class DistillationConfig:
     #: Fixed variations of each pool image that the teacher labels once, for all KD steps (0: a fresh one each time,
     #: labelled anew; Shen & Xing, ECCV 2022).
     label_views: int = 0
+    #: Probability that an image of a KD step is blended with another, the teacher labelling the mixture (mixup).
+    mixup: float = 0.0
+    #: Probability that a rectangle of another image is pasted into it, the teacher labelling the result (CutMix).
+    cutmix: float = 0.0
     #: Weight of attention transfer, which brings the student's spatial attention maps to the teacher's (ZSKT: 250).
     attention_weight: float = 0.0
     #: Weight of the noisy cross-entropy: the student, through a noise matrix that is learned beside it, against the
@@ -118,9 +122,28 @@ class DistillationConfig:
             self.label_views,
             "0 with distillation.attention_weight (kept labels hold no attention maps of the teacher's)",
         )
+        for name in ("mixup", "cutmix"):
+            require(0 <= getattr(self, name) <= 1, f"distillation.{name}", getattr(self, name), "a probability, 0 to 1")
+        require(
+            self.mixup + self.cutmix <= 1,
+            "distillation.cutmix",
+            self.cutmix,
+            f"at most 1 less distillation.mixup ({self.mixup}): an image is mixed in one way",
+        )
+        require(
+            not (self.mixes and self.label_views),
+            "distillation.label_views",
+            self.label_views,
+            "0 with distillation.mixup or distillation.cutmix (each mixture is new, and labelled anew)",
+        )
         accuracy = self.noise_accuracy
         require(0 < accuracy < 1, "distillation.noise_accuracy", accuracy, "between 0 and 1, both excluded")
         require(not self.nesterov or self.momentum > 0, "distillation.nesterov", self.nesterov, "off without momentum")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other, so that none looks the same twice."""
+        return self.mixup + self.cutmix > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from fastdfkd_cli.acceleration import (
     statistics_held,
 )
 from fastdfkd_cli.attention import AttentionPairs
-from fastdfkd_cli.augment import augment
+from fastdfkd_cli.augment import augment, mix
 from fastdfkd_cli.config import DistillationConfig, RunConfig, learning_rate
 from fastdfkd_cli.distributed import Agreement, largest, mean_, of_leader
 from fastdfkd_cli.errors import FastDFKDError, is_out_of_memory
@@ -166,9 +166,10 @@ def label_views(config: DistillationConfig, *, images: int, kd_steps: int, feeds
 
     Without augmentation an image always looks the same: its one label is exact, and costs nothing but memory. In
     either case it has to pay: where there are fewer draws than variations to label, labelling draws is cheaper.
-    Of a method that ``feeds`` the student, no image is seen twice; and labels hold no attention maps.
+    Of a method that ``feeds`` the student, no image is seen twice, and no mixture either; and labels hold no attention
+    maps.
     """
-    if feeds or config.attention_weight:
+    if feeds or config.attention_weight or config.mixes:
         return 0
     views = 1 if config.augmentation == "none" else config.label_views
     return views if kd_steps * config.batch_size > views * images else 0
@@ -710,8 +711,12 @@ class Distillation:
         config = self.config.distillation
         if self.synthesizer is not None and self.config.synthesis.feeds:
             made = cast(Feeder, self.synthesizer).training_batch(config.batch_size)
-            return augment(made, rng, config.augmentation), None
-        return self.pool.sample(config.batch_size, rng, config.augmentation)
+            images, logits = augment(made, rng, config.augmentation), None
+        else:
+            images, logits = self.pool.sample(config.batch_size, rng, config.augmentation)
+        if config.mixes:
+            images = mix(images, rng, mixup=config.mixup, cutmix=config.cutmix)
+        return images, logits
 
     def _label_new_images(self) -> None:
         """Have the teacher label what came into the pool since the last time, where its labels are kept.
