@@ -6,6 +6,7 @@ import csv
 import inspect
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -420,6 +421,44 @@ def test_stopped_in_the_middle_it_repeats_nothing(write: Callable[[str], Path], 
     assert sorted(runs.made) == sorted(set(runs.made)) == sorted(cell.name for cell in read_benchmark(source).cells)
     benchmark(source, output=out)
     assert len(runs.made) == 7
+
+
+def test_runs_that_another_benchmark_finished_are_copied(
+    write: Callable[[str], Path], runs: Runs, tmp_path: Path
+) -> None:
+    benchmark(write(SMALL), output=tmp_path / "a", only=["*/s0"])
+    benchmark(write(SMALL), output=tmp_path / "b", only=["*/s1"])
+    assert runs.made == ["Quick/2/s0", "Quick/5/s0", "Quick/2/s1", "Quick/5/s1"]
+    # Under another name, and in another order; the rest is made.
+    source = write(SMALL.replace("steps: [2, 5]", "steps: [5, 2]").replace("name: Quick", "name: Fast"))
+    both = [tmp_path / "a", tmp_path / "b"]
+    plan = plan_benchmark(source, output=tmp_path / "out", reuse=both)
+    assert (plan["done"], plan["left"]) == (4, 3)
+    assert plan["cells"][0]["state"] == f"done in {tmp_path / 'a' / 'runs' / 'quick-5-s0'}"
+    said: list[str] = []
+    result = benchmark(source, output=tmp_path / "out", reuse=both, on_message=said.append)
+    assert runs.made[4:] == ["Fast/5/s2", "Fast/2/s2", "Slow/s7"]
+    assert f"run Fast/2/s1: copied from {tmp_path / 'b' / 'runs' / 'quick-2-s1'}" in said
+    assert result.summary["lines"][1]["figures"]["top1"]["values"] == [60.0, 62.0, 70.0]
+    # What is there is there: neither the folders nor the option are needed any more, and there is nothing to do.
+    for folder in both:
+        shutil.rmtree(folder)
+    benchmark(source, output=tmp_path / "out")
+    assert len(runs.made) == 7
+
+
+def test_only_a_finished_run_of_the_same_request_is_copied(
+    write: Callable[[str], Path], runs: Runs, tmp_path: Path
+) -> None:
+    benchmark(write(SMALL), output=tmp_path / "a")
+    (tmp_path / "a" / "runs" / "quick-2-s0" / "report.json").unlink()
+    source = write(SMALL.replace("method: dfad", "method: dfad, rounds: 11"))
+    benchmark(source, output=tmp_path / "out", reuse=[tmp_path / "a"])
+    assert runs.made[7:] == ["Quick/2/s0", "Slow/s7"]
+    (tmp_path / "thesis").mkdir()
+    with pytest.raises(UsageError, match="--reuse .*thesis holds no benchmark"):
+        benchmark(source, output=tmp_path / "other", reuse=[tmp_path / "thesis"])
+    assert not (tmp_path / "other").exists()
 
 
 def test_another_request_is_refused_by_name(write: Callable[[str], Path], runs: Runs, tmp_path: Path) -> None:

@@ -8,12 +8,14 @@
     OUTPUT/runs/CELL.checkpoints/    of a run that is not finished
 
 A run that was stopped goes on from its checkpoint (:mod:`fastdfkd_cli.resume`), bit for bit on the CPU; one that is
-finished is read and never made again.
+finished is read and never made again. One that another benchmark finished, in a folder that is named, is copied: tables
+share rows, and machines share a table.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from fastdfkd_cli.matrix import Benchmark, Cell, Line, read_benchmark
 from fastdfkd_cli.models import ModelOptions
 from fastdfkd_cli.output import (
     OWNER_KEY,
+    StagedDirectory,
     differences,
     lock_folder,
     named,
@@ -69,6 +72,7 @@ def benchmark(
     output: str | Path,
     variables: Mapping[str, str] | None = None,
     only: Sequence[str] = (),
+    reuse: Sequence[str | Path] = (),
     checkpoint_every: float = CHECKPOINT_EVERY,
     device: str = "auto",
     on_record: Callable[[Record], None] | None = None,
@@ -83,10 +87,12 @@ def benchmark(
         output: the folder; one that an earlier call left is gone on with.
         variables: values for the file's variables.
         only: patterns of cells, lines or rows to run (``Fast*``, ``Fast/5/s0``); the table shows all that is finished.
+        reuse: folders of other benchmarks. A run that was finished there, under whatever name, for the very same
+            request, is copied and not made again.
         others: as in :func:`fastdfkd_cli.api.distill`.
 
     Raises:
-        UsageError: the file does not make sense; the folder is not a benchmark's; a run was made for another request.
+        UsageError: the file does not make sense; a folder is not a benchmark's; a run was made for another request.
     """
     say = on_message or silent
     plan = read_benchmark(source, variables)
@@ -95,6 +101,7 @@ def benchmark(
     # Everything that can be said before the first run is said before it.
     requests = {cell.name: _checked(plan, cell) for cell in cells}
     _require_own(folder)
+    elsewhere = _finished_in(reuse)
     for cell in cells:
         _require_same(folder, cell, requests[cell.name])
     failures: dict[str, FastDFKDError] = {}
@@ -104,6 +111,11 @@ def benchmark(
         left = [cell for cell in cells if _done(folder, cell) is None]
         if len(left) < len(cells):
             say(f"{len(cells) - len(left)} of {len(cells)} runs are finished already")
+        for cell in list(left):
+            if (run := elsewhere.get(_key(requests[cell.name]))) is not None:
+                _copy(folder, cell, requests[cell.name], run)
+                say(f"run {cell.name}: copied from {run}")
+                left.remove(cell)
         try:
             for index, cell in enumerate(left):
                 say(f"run {index + 1} of {len(left)}: {cell.name}")
@@ -142,6 +154,7 @@ def plan_benchmark(
     output: str | Path,
     variables: Mapping[str, str] | None = None,
     only: Sequence[str] = (),
+    reuse: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """What :func:`benchmark` would do: each cell's state, and how long what is left takes, by what is finished.
 
@@ -151,9 +164,14 @@ def plan_benchmark(
     folder = Path(output)
     cells = plan.selected(only)
     _require_own(folder)
+    elsewhere = _finished_in(reuse)
     states = _states(plan, folder, {})
+    for cell in cells:
+        complete = states[cell.name] != "done" and not plan.lacking(cell)
+        if complete and (run := elsewhere.get(_key(_checked(plan, cell)))) is not None:
+            states[cell.name] = f"done in {run}"
     seconds = {cell.name: _seconds(report) for cell in plan.cells if (report := _done(folder, cell)) is not None}
-    left = [cell for cell in cells if states[cell.name] != "done" and not _left_out(plan, cell)]
+    left = [cell for cell in cells if not states[cell.name].startswith("done") and not _left_out(plan, cell)]
     guesses = {cell.name: _guess(plan, cell, seconds) for cell in left}
     known = [guess for guess in guesses.values() if guess is not None]
     return {
@@ -164,7 +182,7 @@ def plan_benchmark(
             {"cell": cell.name, "state": states[cell.name], "seconds": seconds.get(cell.name, guesses.get(cell.name))}
             for cell in cells
         ],
-        "done": sum(states[cell.name] == "done" for cell in cells),
+        "done": sum(states[cell.name].startswith("done") for cell in cells),
         "left": len(left),
         # An unfinished run counts as a whole one: what is left of it is not more than that.
         "seconds_left": sum(known) if len(known) == len(left) else None,
@@ -208,6 +226,36 @@ def _run(folder: Path, cell: Cell, request: Mapping[str, Any], **keywords: Any) 
     api.distill(**arguments)
 
 
+def _key(request: Mapping[str, Any]) -> str:
+    return json.dumps(request, sort_keys=True)
+
+
+def _finished_in(folders: Sequence[str | Path]) -> dict[str, Path]:
+    """The runs that other benchmarks finished, by what they were asked for.
+
+    Raises:
+        UsageError: one of the folders holds no benchmark.
+    """
+    found: dict[str, Path] = {}
+    for folder in map(Path, folders):
+        if not (folder / _RESULTS).is_file():
+            raise UsageError(f"--reuse {folder} holds no benchmark: name the --output of another one.")
+        for path in sorted((folder / "runs").glob("*.json")):
+            request = _request_in(path)
+            if request is not None and finished(path.with_suffix("")) is not None:
+                found.setdefault(_key(request), path.with_suffix(""))
+    return found
+
+
+def _copy(folder: Path, cell: Cell, request: Mapping[str, Any], run: Path) -> None:
+    """Have a cell's run from another benchmark's folder."""
+    write_json(_request_file(folder, cell), {OWNER_KEY: __version__, "cell": cell.name, "request": request})
+    staged = StagedDirectory(folder / "runs" / cell.folder)
+    staged.drop_abandoned()
+    with staged as staging:
+        shutil.copytree(run, staging, dirs_exist_ok=True)
+
+
 def _left_out(plan: Benchmark, cell: Cell) -> list[str]:
     """The variables for want of which a cell is not run, and nobody is told to give them."""
     return plan.lacking(cell) if cell.optional else []
@@ -228,9 +276,8 @@ def _request_file(folder: Path, cell: Cell) -> Path:
     return folder / "runs" / f"{cell.folder}.json"
 
 
-def _noted(folder: Path, cell: Cell) -> Mapping[str, Any] | None:
-    """What a cell's run was asked for; None where none was begun."""
-    path = _request_file(folder, cell)
+def _request_in(path: Path) -> dict[str, Any] | None:
+    """What a run was asked for; None where none was begun."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -244,7 +291,7 @@ def _noted(folder: Path, cell: Cell) -> Mapping[str, Any] | None:
 
 def _require_same(folder: Path, cell: Cell, request: Mapping[str, Any]) -> None:
     """Refuse a cell that was run, or begun, for another request: its figures would stand in the wrong line."""
-    noted = _noted(folder, cell)
+    noted = _request_in(_request_file(folder, cell))
     if noted is not None and (changed := differences(noted, request)):
         run = folder / "runs" / cell.folder
         raise UsageError(

@@ -61,6 +61,15 @@ def benchmark(
             help="Run these rows, lines or runs alone ('Fast*', 'Fast/5/s0'); repeatable. Default: all.",
         ),
     ] = None,
+    reuse: Annotated[
+        list[Path] | None,
+        option(
+            "--reuse",
+            panel=MATRIX,
+            metavar="DIR",
+            help="Copy runs that were finished in another benchmark's --output for the very same request; repeatable.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         option("--dry-run", panel=OUTPUT, help="List the runs, done or not, and how long the others take, and stop."),
@@ -100,7 +109,8 @@ def benchmark(
 
     if dry_run:
         _print_plan(
-            benchmarking.plan_benchmark(file, output=output, variables=variables, only=only or []), form == "json"
+            benchmarking.plan_benchmark(file, output=output, variables=variables, only=only or [], reuse=reuse or []),
+            form == "json",
         )
         return
     tune_process()
@@ -111,6 +121,7 @@ def benchmark(
                 output=output,
                 variables=variables,
                 only=only or [],
+                reuse=reuse or [],
                 checkpoint_every=every,
                 device=device,
                 on_record=progress.record,
