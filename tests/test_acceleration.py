@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fastdfkd_cli import acceleration, api, distillation, job
+from fastdfkd_cli import acceleration, api, distill_run, distillation, job
 from fastdfkd_cli.acceleration import EAGER, WARM_UP, Acceleration, Captured, require_compiler, to_device
 from fastdfkd_cli.bn_stats import batch_norm_layers
 from fastdfkd_cli.config import DistillationConfig, RunConfig
@@ -358,8 +358,8 @@ def test_a_student_in_parts_learns_the_same_and_keeps_less(momentum: float | Non
 def test_a_kd_step_in_too_little_memory_is_cut_where_it_can_be(
     monkeypatch: pytest.MonkeyPatch, name: str, said: str
 ) -> None:
-    plan_of = api.plan_of
-    monkeypatch.setattr(api, "plan_of", lambda *given: {**plan_of(*given), "distillation_memory_bytes": 2**50})
+    plan_of = distill_run.plan_of
+    monkeypatch.setattr(distill_run, "plan_of", lambda *given: {**plan_of(*given), "distillation_memory_bytes": 2**50})
     seen: list[Acceleration] = []
     learn = Student.learn
     monkeypatch.setattr(Student, "learn", lambda self, *given: (seen.append(self.acceleration), learn(self, *given))[1])

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdfkd_cli import api, distill, evaluate, plan_distill, plan_synthesize, synthesize
+from fastdfkd_cli import api, distill, distill_report, evaluate, plan_distill, plan_synthesize, synthesize
 from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
 from fastdfkd_cli.job import override
@@ -315,7 +315,7 @@ def test_a_run_that_fails_leaves_nothing_behind(when: str, tmp_path: Path, monke
         raise KeyboardInterrupt if when == "interrupt" else FastDFKDError("no more")
 
     if when == "export":
-        monkeypatch.setattr(api, "verify_export", fail)
+        monkeypatch.setattr(distill_report, "verify_export", fail)
     else:
         monkeypatch.setattr(FastMeta, "synthesize", fail)
     model = net()
@@ -334,7 +334,7 @@ def test_a_failed_evaluation_does_not_lose_the_student(tmp_path: Path, monkeypat
     def fail(*_: Any, **__: Any) -> None:
         raise UnavailableError("5.png cannot be read.")
 
-    monkeypatch.setattr(api, "_judge", fail)
+    monkeypatch.setattr(api, "judged", fail)
     with pytest.raises(UnavailableError, match=r"5\.png cannot be read\. The student itself is whole, in"):
         run(output=tmp_path / "out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -379,7 +379,7 @@ def test_one_set_serves_a_student_again(tmp_path: Path, monkeypatch: pytest.Monk
     made = synthesize(net(), num_images=12, output=tmp_path / "set", **call)
     assert made.path == tmp_path / "set"
     assert made.manifest["complete"]
-    monkeypatch.setattr("fastdfkd_cli.api.build_method", lambda *_, **__: pytest.fail("images were made"))
+    monkeypatch.setattr("fastdfkd_cli.distill_run.build_method", lambda *_, **__: pytest.fail("images were made"))
     settings = config(quality_images=0)
     students = [run(config=settings, data_dir=tmp_path / "set", output=tmp_path / str(i)) for i in range(2)]
     report = students[0].report

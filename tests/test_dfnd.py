@@ -317,7 +317,7 @@ def distill(path: Path | None, **changes: Any) -> api.DistillResult:
 
 
 def test_a_run_keeps_some_images_and_says_so(wild: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdfkd_cli.api.build_method", lambda *_, **__: pytest.fail("images were made"))
+    monkeypatch.setattr("fastdfkd_cli.distill_run.build_method", lambda *_, **__: pytest.fail("images were made"))
     said: list[str] = []
     student = net(1)
     before = copy.deepcopy(student.state_dict())

@@ -42,7 +42,7 @@ def distill(**changes: Any) -> api.DistillResult:
 def test_a_run_on_given_images_is_kd(
     named: bool, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastdfkd_cli.api.build_method", lambda *_, **__: pytest.fail("images were made"))
+    monkeypatch.setattr("fastdfkd_cli.distill_run.build_method", lambda *_, **__: pytest.fail("images were made"))
     said: list[str] = []
     student = net(1)
     before = state_of(student)["tensors"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdfkd_cli import api, plan_synthesize, synthesize
+from fastdfkd_cli import api, plan_synthesize, set_maker, synthesize
 from fastdfkd_cli.api import SynthesizeResult
 from fastdfkd_cli.dataset import DatasetWriter, load_manifest, read_dataset
 from fastdfkd_cli.errors import UnavailableError, UsageError
@@ -211,7 +211,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three complete parts that nobody has put together yet."""
     output = tmp_path_factory.mktemp("complete") / "set"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "unite", lambda *_, **__: None)
+        patch.setattr(set_maker, "unite", lambda *_, **__: None)
         patch.setattr(api, "unfinished", lambda *_: [1, 2, 3])
         for number in (1, 2, 3):
             make(output, Part(number, 3))

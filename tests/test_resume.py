@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastdfkd_cli import api, checkpoint, distillation, stopping
+from fastdfkd_cli import api, checkpoint, distill_report, distillation, stopping
 from fastdfkd_cli.checkpoint import Checkpoints
 from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.distillation import Distillation, Student
@@ -269,7 +269,7 @@ def test_resume_auto_begins_where_there_is_nothing(tmp_path: Path) -> None:
 def test_a_run_that_is_complete_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "student"
     made = api.distill(teacher(), net(1), **request(path))
-    monkeypatch.setattr(api, "_distil", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(api, "distil", lambda *_: pytest.fail("work was done"))
     before = {file: file.stat().st_mtime_ns for file in path.iterdir()}
     said: list[str] = []
     again = api.distill(teacher(), net(2), **request(path, resume="auto", on_message=said.append))
@@ -296,7 +296,7 @@ def test_a_finished_student_survives_what_comes_after_it(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(api, "export_student", full)
+        patch.setattr(distill_report, "export_student", full)
         with pytest.raises(FastDFKDError, match="No space left"):
             api.distill(teacher(), net(1), **request(tmp_path / "parts"))
     with monkeypatch.context() as patch:  # nothing is trained again

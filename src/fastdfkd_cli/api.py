@@ -7,10 +7,9 @@ progress goes to ``on_record`` and remarks to ``on_message``.
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,36 +17,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdfkd_cli import __version__, evaluation
-from fastdfkd_cli.acceleration import Acceleration
-from fastdfkd_cli.checkpoint import Checkpoints
-from fastdfkd_cli.config import RunConfig, to_dict
-from fastdfkd_cli.data import EvaluationData, open_evaluation_data
-from fastdfkd_cli.data.files import ImageFile
-from fastdfkd_cli.dataset import DatasetWriter, SyntheticSet, read_dataset
-from fastdfkd_cli.dataset.parts import check_place, part_folder, part_header, parts_begun, unfinished, unite
-from fastdfkd_cli.dataset.reader import check_channels, image_files, require_memory
-from fastdfkd_cli.distillation import Distillation
-from fastdfkd_cli.distributed import (
-    broadcast_,
-    fingerprint,
-    joined,
-    require_same,
-    sum_,
-    text_of_leader,
-)
-from fastdfkd_cli.errors import FastDFKDError, UsageError
-from fastdfkd_cli.export import export_student, load_exported, verify_export, write_samples
+from fastdfkd_cli import evaluation
+from fastdfkd_cli.config import RunConfig
+from fastdfkd_cli.data import open_evaluation_data
+from fastdfkd_cli.dataset.parts import part_folder, unfinished
+from fastdfkd_cli.distill_report import export, quality_signal, report_of
+from fastdfkd_cli.distill_run import KeeperOf, distil, settled, shares_line
+from fastdfkd_cli.distributed import joined, require_same, text_of_leader
+from fastdfkd_cli.errors import FastDFKDError
+from fastdfkd_cli.export import load_exported
+from fastdfkd_cli.given import candidates, choose, read_given
 from fastdfkd_cli.job import (
-    Job,
     Machine,
     Model,
     OnMessage,
-    accelerated,
-    begun_with,
-    bounded_pool,
+    OnRecord,
     copied,
-    cost_line,
     divided,
     plan_of,
     prepare,
@@ -55,42 +40,15 @@ from fastdfkd_cli.job import (
     synthesis_plan_of,
     with_names,
 )
-from fastdfkd_cli.method_config import DFNDConfig
-from fastdfkd_cli.methods import build_method, dfnd
+from fastdfkd_cli.judging import judged, open_judge
 from fastdfkd_cli.models import ModelOptions, check_forward, load_teacher
-from fastdfkd_cli.output import StagedDirectory, named, write_bytes, write_json
-from fastdfkd_cli.plan import model_size
-from fastdfkd_cli.pool import ImagePool
+from fastdfkd_cli.output import StagedDirectory, named, write_bytes
 from fastdfkd_cli.processes import ALONE, Group, Part
-from fastdfkd_cli.quality import Quality, QualitySignal
-from fastdfkd_cli.records import MetricsLog, Record
-from fastdfkd_cli.resume import (
-    Keeper,
-    Unfinished,
-    digest_of,
-    finished,
-    folder_for,
-    identity,
-    noting,
-    open_checkpoints,
-)
-from fastdfkd_cli.runtime import (
-    describe_device,
-    deterministic_algorithms,
-    peak_memory,
-    resolve_device,
-    versions,
-)
+from fastdfkd_cli.records import MetricsLog
+from fastdfkd_cli.resume import Unfinished, digest_of, finished, folder_for, identity, noting, open_checkpoints
+from fastdfkd_cli.runtime import deterministic_algorithms, resolve_device
+from fastdfkd_cli.set_maker import SetMaker, parts_to_make
 from fastdfkd_cli.settings import CHECKPOINT_EVERY
-from fastdfkd_cli.stopping import patiently
-from fastdfkd_cli.synced_norm import synced_batch_norm
-from fastdfkd_cli.synthesis import Synthesis, header
-
-OnRecord = Callable[[Record], None]
-#: Images in samples.png, and on which the export is compared with the student that was trained.
-SAMPLES = 80
-#: Seconds between two remarks on how many images of an unlabelled set are scored.
-SCORED_EVERY = 30.0
 
 
 @dataclass(frozen=True)
@@ -190,8 +148,8 @@ def distill(
         job = prepare(
             teacher,
             student,
-            teacher_options or ModelOptions(),
-            student_options or ModelOptions(),
+            teacher_options,
+            student_options,
             recipe,
             config,
             overrides,
@@ -202,8 +160,8 @@ def distill(
             unlabelled=unlabeled_dir is not None,
         )
         assert job.student is not None
-        judge = _open_judge(eval_data, eval_dataset, eval_split, job) if group.leads else None
-        given = _read_given(data_dir, job) if unlabeled_dir is None else _choose(unlabeled_dir, job, say)
+        judge = open_judge(eval_data, eval_dataset, eval_split, job.student) if group.leads else None
+        given = read_given(data_dir, job) if unlabeled_dir is None else choose(unlabeled_dir, job, say)
         about = identity(job.config, job.teacher, job.student, machine.amp, given)
         require_same(group, "settings", json.dumps(about, sort_keys=True, default=str))
         if done is not None and done["settings_sha256"] != digest_of(about):
@@ -225,31 +183,19 @@ def distill(
         whole, parts = job.config, divided(job.config, group.world_size)
         job.config = parts
         if group.several:
-            say(_shares_line(job, given))
+            say(shares_line(job, given))
             if latest is not None and latest.processes != group.world_size:
                 say(f"the unfinished run had {latest.processes} process{'es' if latest.processes > 1 else ''}")
-        if latest is None or latest.processes != group.world_size:
-            wanted = on_message is not None and group.leads
-            plan = plan_of(job, len(given) if given is not None else None) if wanted else None
-            if plan is not None:
-                say(cost_line(plan, job.config, group.world_size))
-            if given is None:
-                job.config = bounded_pool(job, say)
-            plan = json.loads(text_of_leader(group, json.dumps(plan))) if group.several else plan
-            acceleration = accelerated(job, plan, compiles=compile, graphs=graphs, say=say)
-        else:
-            # What was decided from the memory that was free then is kept to, so that the rest is the same.
-            chosen = dict(latest.values["chosen"])
-            job.config = replace(job.config, pool_size=chosen.pop("pool_size"))
-            acceleration = accelerated(job, None, compiles=compile, graphs=graphs, say=say, **chosen)
+        plans = on_message is not None
+        acceleration = settled(job, given, latest, compiles=compile, graphs=graphs, plans=plans, say=say)
         # Dropout and the like draw from the global state: it follows from the seed while the run lasts.
         cuda = [machine.device] if machine.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         torch.manual_seed(group.seed(job.config.seed))
         keeper_of = None
         if folder is not None:
-            keeper_of = _KeeperOf(checkpoints, latest, checkpoint_every)
-        run, held = _distil(job, given, acceleration, keeper_of, say, log)
+            keeper_of = KeeperOf(checkpoints, latest, checkpoint_every)
+        run, held = distil(job, given, acceleration, keeper_of, say, log)
         together.close()  # what is left is rank 0's alone
         if not group.leads:
             return DistillResult(job.student.module, None, {})
@@ -257,264 +203,26 @@ def distill(
             job.config = whole
         else:
             job.config = replace(whole, pool_size=job.config.pool_size * group.world_size)
-        quality = _quality(job, log)
+        quality = quality_signal(job, log)
         scores, failure = None, None
         try:
-            scores = _judge(job, judge, say, log)
+            scores = judged(job.student, judge, machine.device, say, log, teacher=job.teacher)
         except FastDFKDError as error:
             failure = error  # the student is finished: it is not lost to a damaged picture
         held_up = checkpoints.seconds if checkpoints is not None else 0.0
         place = data_dir if unlabeled_dir is None else unlabeled_dir
-        report = _report(job, run, given, place, quality, scores, held_up, held, log.elapsed)
+        report = report_of(job, run, given, place, quality, scores, held_up, held, log.elapsed)
         report["settings_sha256"] = digest_of(about)
         if output is not None:
             with StagedDirectory(output, overwrite) as staged:
                 write_bytes(staged / "metrics.jsonl", log.content())
-                _export(staged, job, run, report, say)
+                export(staged, job, run, report, say)
         if checkpoints is not None:
             checkpoints.finish()
     if failure is not None:
         where = f" The student itself is whole, in {output}." if output is not None else ""
         raise type(failure)(f"{failure}{where}") from failure
     return DistillResult(job.student.module, Path(output) if output is not None else None, report)
-
-
-def _shares_line(job: Job, given: SyntheticSet | None) -> str:
-    """What several processes do together, in one line."""
-    several, config = job.machine.group.world_size, job.config
-    parts = [f"{several} processes; a step is over {several} x {config.distillation.batch_size} images in distillation"]
-    if given is None:
-        parts.append(f"{several} x {config.synthesis.batch_size} in synthesis")
-        if config.schedule.time_budget is None:
-            parts.append(f"each process makes {config.synthetic_images:,} images")
-    return ", ".join(parts)
-
-
-@dataclass(frozen=True)
-class _KeeperOf:
-    """What a run's keeper is made of."""
-
-    checkpoints: Checkpoints | None
-    latest: Unfinished | None
-    every: float
-
-    def __call__(self, run: Distillation, log: MetricsLog, group: Group) -> Keeper:
-        return Keeper(self.checkpoints, run, log, self.every, group)
-
-
-def _distil(
-    job: Job,
-    given: SyntheticSet | None,
-    acceleration: Acceleration,
-    keeper_of: _KeeperOf | None,
-    say: OnMessage,
-    log: MetricsLog,
-) -> tuple[Distillation, int]:
-    """Synthesis and distillation: the run that has ended, and how many images all pools hold together."""
-    assert job.student is not None
-    device, group = job.machine.device, job.machine.group
-    teacher, student = job.machine.place(job.teacher), job.machine.place(job.student)
-    broadcast_(group, [*student.parameters(), *student.buffers()])
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    synthesizer, pool = None, None
-    if given is None:
-        synthesizer = build_method(job.config, teacher, acceleration=acceleration, group=group, **job.keywords())
-    else:
-        if len(given.images) < group.world_size:
-            raise UsageError(f"{len(given.images)} images cannot be divided among {group.world_size} processes.")
-        mine = slice(group.rank, None, group.world_size)
-        pool = ImagePool.holding(given.images[mine], given.labels[mine], device)
-    try:
-        with synced_batch_norm(student, group):
-            run = Distillation(
-                job.config,
-                teacher,
-                student,
-                synthesizer=synthesizer,
-                image_size=job.size,
-                device=device,
-                amp=job.machine.amp,
-                pool=pool,
-                acceleration=acceleration,
-                group=group,
-            )
-            keeper = keeper_of(run, log, group) if keeper_of is not None else None
-            if keeper_of is not None and keeper is not None:
-                run.at_border = keeper.at_border
-                if keeper_of.latest is not None:
-                    keeper.take_up(keeper_of.latest)
-                    say(f"going on after {run.images_made:,} images and {run.steps_taken:,} KD steps")
-            run.prepare()
-            with patiently() if keeper is not None else nullcontext():
-                log.drain(run)
-                if keeper is not None:
-                    keeper.end()
-        require_same(group, "student in the end", fingerprint(student.state_dict().values()) if group.several else "")
-    finally:
-        if synthesizer is not None:
-            synthesizer.close()
-    held = torch.tensor(len(run.pool))
-    sum_(group, [held])
-    return run, int(held)
-
-
-def _quality(job: Job, log: MetricsLog) -> Quality | None:
-    """The quality signal, where it is wanted."""
-    if not job.config.quality_images:
-        return None
-    assert job.student is not None
-    signal = QualitySignal(job.config, job.machine.place(job.teacher), job.machine.place(job.student), **job.keywords())
-    log.drain(signal)
-    return signal.result
-
-
-def _read_given(data_dir: str | Path | None, job: Job) -> SyntheticSet | None:
-    if data_dir is None:
-        return None
-    given = read_dataset(data_dir, input_size=job.size, interpolation=job.teacher.input.interpolation)
-    classes = len(given.class_folders)
-    if given.manifest is not None and classes != job.teacher.num_classes:
-        raise UsageError(
-            f"--data-dir {data_dir} has {classes} classes and the teacher {job.teacher.name} "
-            f"{job.teacher.num_classes}: they do not belong together."
-        )
-    return given
-
-
-def _candidates(unlabeled_dir: str | Path, job: Job) -> tuple[list[ImageFile], int]:
-    """What a method chooses its images from, and how many it keeps."""
-    check_channels(job.size)
-    files = image_files(unlabeled_dir, "--unlabeled-dir")
-    method = job.config.synthesis
-    assert isinstance(method, DFNDConfig)
-    kept = min(method.images_kept, len(files))
-    hint = " Keep fewer of them: synthesis.images_kept."
-    require_memory(Path(unlabeled_dir), kept, job.size, "--unlabeled-dir", hint)
-    return files, kept
-
-
-def _choose(unlabeled_dir: str | Path, job: Job, say: OnMessage) -> SyntheticSet:
-    """The images that the method keeps of an unlabelled set, with the teacher's answers."""
-    files, kept = _candidates(unlabeled_dir, job)
-    say(f"the teacher scores {len(files):,} images of {unlabeled_dir}")
-    said = time.monotonic()
-
-    def scored(count: int) -> None:
-        nonlocal said
-        if time.monotonic() - said >= SCORED_EVERY:
-            said = time.monotonic()
-            say(f"{count:,} of {len(files):,} images are scored")
-
-    chosen = dfnd.choose(
-        job.machine.place(job.teacher),
-        files,
-        keep=kept,
-        image_size=job.size,
-        interpolation=job.teacher.input.interpolation,
-        batch_size=job.config.synthesis.batch_size,
-        device=job.machine.device,
-        on_scored=scored,
-    )
-    least = math.exp(-float(chosen.scores.max()))
-    say(f"{kept:,} of {len(files):,} images are kept; the teacher is {least:.1%} sure of them at least")
-    return SyntheticSet(chosen.images, chosen.labels, None, None, (), candidates=len(files))
-
-
-def _open_judge(eval_data: str | None, eval_dataset: str | None, eval_split: str, job: Job) -> EvaluationData | None:
-    """Open the real images before the run, so that a typing error does not show after it."""
-    if eval_data is None and eval_dataset is None:
-        return None
-    assert job.student is not None
-    data = open_evaluation_data(data_dir=eval_data, dataset=eval_dataset, split=eval_split)
-    return data.aligned(job.student.num_classes, job.student.class_names)
-
-
-def _judge(job: Job, data: EvaluationData | None, say: OnMessage, log: MetricsLog) -> dict[str, Any] | None:
-    if data is None:
-        return None
-    assert job.student is not None
-    result = evaluation.drain(
-        evaluation.evaluate_model(job.student, data, teacher=job.teacher, device=job.machine.device), log
-    )
-    for note in result.notes:
-        say(note)
-    return result.row
-
-
-def _report(
-    job: Job,
-    run: Distillation,
-    given: SyntheticSet | None,
-    data_dir: str | Path | None,
-    quality: Quality | None,
-    scores: dict[str, Any] | None,
-    held_up: float,
-    held: int,
-    total: float,
-) -> dict[str, Any]:
-    """Everything that a table or a plot needs, in plain values.
-
-    Args:
-        held: images in the pools of all processes.
-        held_up: seconds that the run waited for its checkpoints, which are part of synthesis and distillation.
-        total: seconds of the whole run.
-    """
-    assert job.student is not None
-    synthesis, distillation = run.costs.synthesis, run.costs.distillation
-    return {
-        "fastdfkd": __version__,
-        "config": to_dict(job.config),
-        "teacher": {**job.teacher.describe(), **vars(model_size(job.machine.place(job.teacher), job.size))},
-        "student": {**job.student.describe(), **vars(model_size(job.machine.place(job.student), job.size))},
-        "device": describe_device(job.machine.device),
-        "amp": job.machine.amp,
-        "processes": job.machine.group.world_size,
-        "global_batch": {
-            "synthesis": job.config.synthesis.batch_size * job.machine.group.world_size,
-            "distillation": job.config.distillation.batch_size * job.machine.group.world_size,
-        },
-        "seconds": {
-            "synthesis": round(synthesis, 2),
-            "distillation": round(distillation, 2),
-            "checkpoints": round(held_up, 2),
-            "other": round(total - synthesis - distillation, 2),
-            "total": round(total, 2),
-        },
-        "images": run.images_made if given is None else len(given.images),
-        "data": _data(given, data_dir),
-        "pool": held,
-        "kd_steps": run.steps_taken,
-        "retries": run.retries,
-        "peak_memory_bytes": peak_memory(job.machine.device),
-        "quality": quality.to_dict() if quality is not None else None,
-        "evaluation": scores,
-        "versions": versions(),
-    }
-
-
-def _data(given: SyntheticSet | None, data_dir: str | Path | None) -> dict[str, Any] | None:
-    """Where the images came from; None for a run that made its own."""
-    if given is None:
-        return None
-    made_by = given.manifest["header"] if given.manifest is not None else None
-    about = {"path": str(data_dir), "synthetic": given.manifest is not None, "header": made_by}
-    return about if given.candidates is None else {**about, "candidates": given.candidates}
-
-
-def _export(folder: Path, job: Job, run: Distillation, report: dict[str, Any], say: OnMessage) -> None:
-    """Write the student's folder, then open it as a stranger would and compare."""
-    assert job.student is not None
-    count = min(SAMPLES, len(run.pool))
-    # The latest images: what the teacher "remembers" once the generator has learned to ask.
-    newest = (torch.arange(run.pool.newest - count, run.pool.newest) % len(run.pool)).to(run.pool.images.device)
-    images, labels = run.pool.images[newest].cpu(), run.pool.labels[newest].cpu()
-    export_student(job.student, folder, teacher=job.teacher, report=report)
-    difference = verify_export(folder, job.student, images)
-    report["export"] = {"largest_logit_difference": difference}
-    write_samples(folder / "samples.png", images, labels, job.teacher.class_names)
-    write_json(folder / "report.json", report)
-    say("the export was loaded back and gives the same logits")
 
 
 def synthesize(
@@ -562,12 +270,12 @@ def synthesize(
         As :func:`distill`.
     """
     say = on_message or silent
-    mine = _parts_to_make(num_images, output, part, group, resume=resume, overwrite=overwrite)
+    mine = parts_to_make(num_images, output, part, group, resume=resume, overwrite=overwrite)
     job = prepare(
         teacher,
         student,
-        teacher_options or ModelOptions(),
-        student_options or ModelOptions(),
+        teacher_options,
+        student_options,
         recipe,
         config,
         overrides,
@@ -575,7 +283,7 @@ def synthesize(
         say,
         trains=False,
     )
-    run = _SetMaker(job, num_images, Path(output), resume, overwrite, shard_size, checkpoint_every, compile, graphs)
+    run = SetMaker(job, num_images, Path(output), resume, overwrite, shard_size, checkpoint_every, compile, graphs)
     if mine is None:
         return SynthesizeResult(Path(output), run.make(None, Path(output), on_record, on_message))
     count, numbers = mine
@@ -596,116 +304,6 @@ def synthesize(
             return SynthesizeResult(folder, manifest)
         time.sleep(1.0)  # if another process fails, torchrun ends this one
     return SynthesizeResult(Path(output), united)
-
-
-def _parts_to_make(
-    num_images: int, output: str | Path, part: Part | None, group: Group, *, resume: bool, overwrite: bool
-) -> tuple[int, list[int]] | None:
-    """How many parts the set has, and which of them this process makes; None for a set in one piece.
-
-    Raises:
-        UsageError: no such set can be made there.
-    """
-    if num_images < 1:
-        raise UsageError(f"num_images must be 1 or more, not {num_images}.")
-    if resume and overwrite:
-        raise UsageError("resume and overwrite exclude each other.")
-    if part is not None and group.several:
-        raise UsageError("Each of several processes takes parts of its own: leave --part out under torchrun.")
-    # A set that was begun by another number of processes keeps its parts.
-    count = parts_begun(output) if resume and part is None else None
-    if count is None:
-        count = part.count if part is not None else group.world_size
-        if part is None and not group.several:
-            return None
-    if overwrite:
-        raise UsageError(
-            "A set in parts replaces nothing: leave --overwrite out, and remove the folder or take another."
-        )
-    if num_images < count:
-        raise UsageError(f"{num_images} images cannot be divided into {count} parts.")
-    numbers = [part.number] if part is not None else list(range(group.rank + 1, count + 1, group.world_size))
-    check_place(output, count, numbers, resume=resume)
-    return count, numbers
-
-
-@dataclass(frozen=True)
-class _SetMaker:
-    """What :func:`synthesize` was asked for, for each part."""
-
-    job: Job
-    num_images: int
-    output: Path
-    resume: bool
-    overwrite: bool
-    shard_size: int
-    checkpoint_every: float
-    compile: bool
-    graphs: bool
-
-    def _settings(self) -> dict[str, Any]:
-        """What decides what the images are, as the writer takes it."""
-        job = self.job
-        student = job.student.describe() if job.student is not None else None
-        return {
-            "class_names": job.teacher.class_names,
-            "num_classes": job.teacher.num_classes,
-            "input_size": job.size,
-            "shard_size": self.shard_size,
-            "header": header(job.config, job.teacher.describe(), student, job.machine.amp),
-        }
-
-    def united(self, count: int) -> dict[str, Any] | None:
-        """The manifest of the whole set, once all its parts are complete."""
-        return unite(self.output, count, self.num_images, **self._settings())
-
-    def make(
-        self, part: Part | None, folder: Path, on_record: OnRecord | None, on_message: OnMessage | None
-    ) -> dict[str, Any]:
-        """Make the set, or a part of it, in ``folder``; returns its manifest."""
-        job, say = self.job, on_message or silent
-        images = part.range(self.num_images) if part is not None else range(self.num_images)
-        net = job.machine.place(job.teacher)
-        opponent = job.machine.place(job.student) if job.student is not None else None
-        begun = begun_with(folder) if self.resume else None
-        # A set that was begun is gone on with as it was, whatever memory is free now.
-        plan = synthesis_plan_of(job, net, opponent, len(images)) if begun is None and on_message is not None else None
-        acceleration = accelerated(
-            job, plan, compiles=self.compile, graphs=self.graphs, say=say, micro_batch=begun or 0
-        )
-        seed = part.seed(job.config.seed) if part is not None else None
-        method = build_method(job.config, net, seed=seed, acceleration=acceleration, **job.keywords())
-        settings = self._settings()
-        if acceleration.micro_batch:
-            settings["header"]["micro_batch"] = acceleration.micro_batch
-        if part is not None:
-            settings["header"] |= part_header(part, self.num_images)
-        with ExitStack() as stack:
-            stack.callback(method.close)
-            stack.enter_context(deterministic_algorithms(job.config.deterministic))
-            writer = stack.enter_context(
-                DatasetWriter(
-                    folder, **settings, first_image=images.start, resume=self.resume, overwrite=self.overwrite
-                )
-            )
-            if writer.num_images:
-                say(f"going on after {writer.num_images} images")
-            method.prepare(opponent)
-            run = Synthesis(
-                job.config,
-                method,
-                net,
-                opponent,
-                writer=writer,
-                num_images=len(images),
-                device=job.machine.device,
-                checkpoint_every=self.checkpoint_every,
-            )
-            with patiently():
-                for record in run:
-                    if on_record is not None:
-                        on_record(record)
-        return run.manifest
 
 
 def evaluate(
@@ -792,8 +390,8 @@ def plan_distill(
     job = prepare(
         teacher,
         student,
-        teacher_options or ModelOptions(),
-        student_options or ModelOptions(),
+        teacher_options,
+        student_options,
         recipe,
         config,
         overrides,
@@ -804,12 +402,12 @@ def plan_distill(
         unlabelled=unlabeled_dir is not None,
     )
     assert job.student is not None
-    _open_judge(eval_data, eval_dataset, eval_split, job)
+    open_judge(eval_data, eval_dataset, eval_split, job.student)
     pool_images: int | None
     if unlabeled_dir is not None:
-        pool_images = _candidates(unlabeled_dir, job)[1]  # which ones makes no difference to the costs
+        pool_images = candidates(unlabeled_dir, job)[1]  # which ones makes no difference to the costs
     else:
-        given = _read_given(data_dir, job)
+        given = read_given(data_dir, job)
         pool_images = len(given) if given is not None else None
     whole, job.config = job.config, divided(job.config, group.world_size)
     plan = plan_of(job, pool_images)
@@ -846,14 +444,14 @@ def plan_synthesize(
     Of a set in parts, this process's, or the one that is named.
     """
     say = on_message or silent
-    mine = _parts_to_make(num_images, output, part, group, resume=resume, overwrite=overwrite)
+    mine = parts_to_make(num_images, output, part, group, resume=resume, overwrite=overwrite)
     if not resume and mine is None:
         StagedDirectory(output, overwrite).check()
     job = prepare(
         teacher,
         student,
-        teacher_options or ModelOptions(),
-        student_options or ModelOptions(),
+        teacher_options,
+        student_options,
         recipe,
         config,
         overrides,

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdfkd_cli import __version__, evaluation, stopping
-from fastdfkd_cli.api import OnRecord
+from fastdfkd_cli import __version__, stopping
 from fastdfkd_cli.checkpoint import Checkpoints
-from fastdfkd_cli.data import EvaluationData, open_evaluation_data, open_training_data, picture_size
+from fastdfkd_cli.data import EvaluationData, open_training_data, picture_size
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
 from fastdfkd_cli.export import export_student, load_exported, verify_export
-from fastdfkd_cli.job import Machine, Model, OnMessage, silent
+from fastdfkd_cli.job import Machine, Model, OnMessage, OnRecord, silent
+from fastdfkd_cli.judging import judged, open_judge
 from fastdfkd_cli.models import InputSpec, LoadedModel, check_forward, load_untrained, usual_size
 from fastdfkd_cli.output import StagedDirectory, write_bytes, write_json
 from fastdfkd_cli.plan import model_size
@@ -126,7 +126,7 @@ def train(
         job = _prepare(
             model, data_dir, dataset, split, config, overrides, num_classes, input_size, mean, std, device, amp, say
         )
-        judge = _open_judge(eval_data, eval_dataset, eval_split, job)
+        judge = open_judge(eval_data, eval_dataset, eval_split, job.model)
         began = time.perf_counter()
         images, labels = _read(job, workers, log)
         reading = time.perf_counter() - began
@@ -146,7 +146,7 @@ def train(
         run = _trained(stack, job, images, labels, checkpoints, checkpoint_every, say, log)
         scores, failure = None, None
         try:
-            scores = _judged(job, judge, say, log)
+            scores = judged(job.model, judge, job.machine.device, say, log)
         except FastDFKDError as error:
             failure = error  # the network is finished: it is not lost to a damaged picture
         held_up = checkpoints.seconds if checkpoints is not None else 0.0
@@ -202,7 +202,7 @@ def plan_train(
     job = _prepare(
         model, data_dir, dataset, split, config, overrides, num_classes, input_size, mean, std, device, amp, say
     )
-    _open_judge(eval_data, eval_dataset, eval_split, job)
+    open_judge(eval_data, eval_dataset, eval_split, job.model)
     learned = steps = None
     if job.data.size is not None:
         learned = job.data.size - round(job.config.validation * job.data.size)
@@ -431,23 +431,6 @@ def _trained(
         if keeper is not None:
             keeper.save()
     return run
-
-
-def _open_judge(eval_data: str | None, eval_dataset: str | None, eval_split: str, job: _Job) -> EvaluationData | None:
-    """Open the real images before the run, so that a typing error does not show after it."""
-    if eval_data is None and eval_dataset is None:
-        return None
-    data = open_evaluation_data(data_dir=eval_data, dataset=eval_dataset, split=eval_split)
-    return data.aligned(job.model.num_classes, job.model.class_names)
-
-
-def _judged(job: _Job, data: EvaluationData | None, say: OnMessage, log: MetricsLog) -> dict[str, Any] | None:
-    if data is None:
-        return None
-    result = evaluation.drain(evaluation.evaluate_model(job.model, data, device=job.machine.device), log)
-    for note in result.notes:
-        say(note)
-    return result.row
 
 
 def _report(

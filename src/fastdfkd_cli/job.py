@@ -30,11 +30,13 @@ from fastdfkd_cli.pool import pool_bytes_per_image
 from fastdfkd_cli.processes import ALONE, Group
 from fastdfkd_cli.quality import signal_config
 from fastdfkd_cli.recipes import get_recipe, with_method
+from fastdfkd_cli.records import Record
 from fastdfkd_cli.runtime import available_memory, default_amp, describe_device, resolve_device
 from fastdfkd_cli.synthesis import burn_in_batches
 
 Model = str | nn.Module
 OnMessage = Callable[[str], None]
+OnRecord = Callable[[Record], None]
 
 
 @dataclass
@@ -91,8 +93,8 @@ class Job:
 def prepare(
     teacher: Model,
     student: Model | None,
-    teacher_options: ModelOptions,
-    student_options: ModelOptions,
+    teacher_options: ModelOptions | None,
+    student_options: ModelOptions | None,
     recipe: str,
     config: RunConfig | None,
     overrides: Mapping[str, Any] | None,
@@ -110,7 +112,7 @@ def prepare(
     if config is None and recipe != "auto":
         get_recipe(recipe)  # a typing error should not wait for a download
     with first_of_machine(machine.group):
-        loaded = load_teacher(copied(teacher), teacher_options)
+        loaded = load_teacher(copied(teacher), teacher_options or ModelOptions())
     if loaded.num_classes < 2:
         raise UsageError(f"{loaded.name} has one output; distillation needs two classes or more.")
     say(f"teacher {loaded.name}{f' at {loaded.revision}' if loaded.revision else ''}")
@@ -133,9 +135,9 @@ def prepare(
             # A student from scratch starts the same for the same seed; torch.manual_seed would touch CUDA's states too.
             torch.default_generator.manual_seed(settings.seed)
             if trains:
-                pupil = load_student(student, student_options, like=loaded)
+                pupil = load_student(student, student_options or ModelOptions(), like=loaded)
             else:
-                pupil = _opponent(student, student_options, loaded)
+                pupil = _opponent(student, student_options or ModelOptions(), loaded)
         say(f"student {pupil.name}")
         check_forward(pupil)
     return Job(machine, settings, loaded, pupil)
@@ -484,6 +486,7 @@ __all__ = [
     "Machine",
     "Model",
     "OnMessage",
+    "OnRecord",
     "accelerated",
     "begun_with",
     "bounded_pool",
