@@ -33,10 +33,10 @@ from torch import Tensor, nn
 import fastdfkd_cli.nets_cifar  # noqa: F401 (registers them)
 from fastdfkd_cli import distributed
 from fastdfkd_cli.config import RunConfig
-from fastdfkd_cli.distillation import Student
 from fastdfkd_cli.methods.fast_meta import FastMeta
 from fastdfkd_cli.processes import ALONE, Group
 from fastdfkd_cli.recipes import get_recipe
+from fastdfkd_cli.student import Student
 from fastdfkd_cli.synced_norm import sync_batch_norm
 from measure import flops
 

@@ -15,14 +15,16 @@ from fastdfkd_cli import acceleration, api, distill_run, distillation, job
 from fastdfkd_cli.acceleration import EAGER, WARM_UP, Acceleration, Captured, require_compiler, to_device
 from fastdfkd_cli.bn_stats import batch_norm_layers
 from fastdfkd_cli.config import DistillationConfig, RunConfig
-from fastdfkd_cli.distillation import Distillation, Student, soft_labels
+from fastdfkd_cli.distillation import Distillation
 from fastdfkd_cli.errors import UsageError
 from fastdfkd_cli.job import micro_batch_for
+from fastdfkd_cli.labels import soft_labels
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.methods.base import SyntheticBatch
 from fastdfkd_cli.methods.fast_meta import FastMeta
 from fastdfkd_cli.models import ModelOptions
 from fastdfkd_cli.pool import to_float
+from fastdfkd_cli.student import Student
 from recording import TapedRecording
 from tiny import CLASSES, SIZE, config, net, teacher
 

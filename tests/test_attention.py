@@ -13,12 +13,14 @@ from fastdfkd_cli import api, losses
 from fastdfkd_cli.acceleration import Acceleration
 from fastdfkd_cli.attention import AttentionPairs, attention_maps, last_layers
 from fastdfkd_cli.config import DistillationConfig, from_dict
-from fastdfkd_cli.distillation import Distillation, Student, label_views
+from fastdfkd_cli.distillation import Distillation
 from fastdfkd_cli.errors import UsageError
+from fastdfkd_cli.labels import label_views
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.models import ModelOptions, load_student, load_teacher
 from fastdfkd_cli.nets_cifar import WideResNet
 from fastdfkd_cli.recipes import with_method
+from fastdfkd_cli.student import Student
 from tiny import CLASSES, SIZE, TinyNet, assert_same_state, config, net, state_of, teacher
 
 CPU = torch.device("cpu")

@@ -12,11 +12,12 @@ from fastdfkd_cli import api, stopping
 from fastdfkd_cli.acceleration import EAGER, WARM_UP, Acceleration
 from fastdfkd_cli.background import HostCopy
 from fastdfkd_cli.config import DistillationConfig
-from fastdfkd_cli.distillation import Distillation, Student
+from fastdfkd_cli.distillation import Distillation
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.methods.fast_meta import FastMeta
 from fastdfkd_cli.models import ModelOptions
 from fastdfkd_cli.stopping import Stopped
+from fastdfkd_cli.student import Student
 from tiny import CLASSES, SIZE, config, net, teacher
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

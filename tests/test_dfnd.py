@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastdfkd_cli import api, losses, stopping
 from fastdfkd_cli.config import DistillationConfig, from_dict
 from fastdfkd_cli.dataset.reader import image_files
-from fastdfkd_cli.distillation import Distillation, Student
+from fastdfkd_cli.distillation import Distillation
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
 from fastdfkd_cli.method_config import DFNDConfig
 from fastdfkd_cli.methods.dfnd import choose, doubt, surest
@@ -33,6 +33,7 @@ from fastdfkd_cli.processes import Group
 from fastdfkd_cli.recipes import get_recipe, with_method
 from fastdfkd_cli.resume import checkpoint_folder
 from fastdfkd_cli.stopping import Stopped
+from fastdfkd_cli.student import Student
 from tiny import CLASSES, SIZE, config, net, teacher
 
 CPU = torch.device("cpu")

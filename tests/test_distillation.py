@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdfkd_cli import distillation
+from fastdfkd_cli import distillation, divergence
 from fastdfkd_cli.acceleration import Acceleration
 from fastdfkd_cli.config import DistillationConfig, RunConfig
-from fastdfkd_cli.distillation import Distillation, Student
+from fastdfkd_cli.distillation import Distillation
 from fastdfkd_cli.errors import FastDFKDError
+from fastdfkd_cli.labels import label_views, soft_labels
 from fastdfkd_cli.losses import distillation as kd_loss
 from fastdfkd_cli.methods import SyntheticBatch, build_method
 from fastdfkd_cli.pool import ImagePool
+from fastdfkd_cli.student import Student
 from tiny import CLASSES, SIZE, assert_same_state, config, net, state_of, teacher
 
 CPU = torch.device("cpu")
@@ -39,7 +41,8 @@ class FakeTime:
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     """A clock on which a KD step takes 0.01 seconds, and a batch of :class:`Noise` what it is told to."""
     fake = FakeTime()
-    monkeypatch.setattr(distillation, "time", fake)
+    for module in ("clock", "distillation"):
+        monkeypatch.setattr(f"fastdfkd_cli.{module}.time", fake)
     learn = Student.learn
 
     def timed(self: Student, *arguments: Any) -> Any:
@@ -412,7 +415,7 @@ def test_a_kd_step_asks_the_device_for_nothing(labelled: bool) -> None:
     student = Student(net(1).train(), DistillationConfig(), CPU, False)
     images = torch.randint(0, 256, (4, *SIZE), dtype=torch.uint8)
     with Ops() as ops:
-        student.descend(distillation.soft_labels(model, images / 255, False) if labelled else model, images)
+        student.descend(soft_labels(model, images / 255, False) if labelled else model, images)
     assert "_fused_sgd_" in ops.seen
     # Reading a number, and counting what a mask selects.
     assert not ops.seen & {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
@@ -556,7 +559,7 @@ def test_labels_are_kept_where_that_saves_labelling(
     views: int, images: int, kd_steps: int, augmentation: Any, kept: int
 ) -> None:
     settings = DistillationConfig(batch_size=4, label_views=views, augmentation=augmentation)
-    assert distillation.label_views(settings, images=images, kd_steps=kd_steps) == kept
+    assert label_views(settings, images=images, kd_steps=kd_steps) == kept
 
 
 @pytest.mark.parametrize(("images", "shown"), [(6, 6), (47, 47), (60, 12 * 4)])
@@ -752,7 +755,7 @@ def test_a_run_that_keeps_breaking_ends() -> None:
 
 
 def test_a_loss_that_explodes_is_as_bad_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillation, "EXPLODED", 1e-9)
+    monkeypatch.setattr(divergence, "EXPLODED", 1e-9)
     with pytest.raises(FastDFKDError, match="distillation loss exploded at step"):
         list(engine(config()))
 

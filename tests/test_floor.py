@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 import floor
 from fastdfkd_cli.augment import augment
-from fastdfkd_cli.distillation import Student
 from fastdfkd_cli.generators import Generator
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.pool import to_float
+from fastdfkd_cli.student import Student
 from tiny import CLASSES, SIZE, config, net, teacher
 
 CPU = torch.device("cpu")

@@ -21,13 +21,14 @@ from torch import Tensor
 from fastdfkd_cli import api, checkpoint, distill_report, distillation, stopping
 from fastdfkd_cli.checkpoint import Checkpoints
 from fastdfkd_cli.config import RunConfig
-from fastdfkd_cli.distillation import Distillation, Student
+from fastdfkd_cli.distillation import Distillation
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.models import ModelOptions
 from fastdfkd_cli.pool import ImagePool
 from fastdfkd_cli.resume import checkpoint_folder
 from fastdfkd_cli.stopping import Stopped
+from fastdfkd_cli.student import Student
 from test_distillation import FakeTime
 from tiny import CLASSES, SIZE, config, net, teacher
 
@@ -120,7 +121,8 @@ def test_a_run_goes_on_from_any_border_to_the_same_student(variant: dict[str, An
 
 def test_a_time_budget_counts_the_time_that_was_worked(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeTime()
-    monkeypatch.setattr(distillation, "time", clock)
+    for module in ("clock", "distillation"):
+        monkeypatch.setattr(f"fastdfkd_cli.{module}.time", clock)
 
     def slow(fast: Callable[..., Any], seconds: float) -> Callable[..., Any]:
         def timed(*given: Any, **more: Any) -> Any:

@@ -9,42 +9,31 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from fastdfkd_cli import losses, stopping
-from fastdfkd_cli.acceleration import (
-    EAGER,
-    WARM_UP,
-    Acceleration,
-    Captured,
-    can_checkpoint,
-    checkpointed,
-    statistics_held,
-)
-from fastdfkd_cli.attention import AttentionPairs
+from fastdfkd_cli import stopping
+from fastdfkd_cli.acceleration import EAGER, WARM_UP, Acceleration, can_checkpoint
 from fastdfkd_cli.augment import augment, mix
-from fastdfkd_cli.config import DistillationConfig, RunConfig, learning_rate
-from fastdfkd_cli.distributed import Agreement, largest, mean_, of_leader
+from fastdfkd_cli.clock import Clock, Costs, Position
+from fastdfkd_cli.config import RunConfig
+from fastdfkd_cli.distributed import Agreement, largest, of_leader
+from fastdfkd_cli.divergence import Diverged, finite
 from fastdfkd_cli.errors import FastDFKDError, is_out_of_memory
+from fastdfkd_cli.labels import label_views, soft_labels
 from fastdfkd_cli.methods import Feeder, Synthesizer
-from fastdfkd_cli.noise import NoiseMatrix
-from fastdfkd_cli.pool import ImagePool, to_float
+from fastdfkd_cli.pool import ImagePool
 from fastdfkd_cli.processes import ALONE, Group
 from fastdfkd_cli.records import Phase, Record
 from fastdfkd_cli.runtime import synchronize
+from fastdfkd_cli.student import Student
 
 #: Images that a run bounded only by the clock may hold before the oldest make room.
 DEFAULT_POOL_IMAGES = 100_000
-#: Fewest rounds that a time budget is divided into.
-MIN_ROUNDS = 10
 #: Seconds between two records of a phase.
 RECORD_EVERY = 1.0
 #: How often a run whose figures stopped being finite is put back to an earlier round, and what the rate falls to.
@@ -53,413 +42,10 @@ SLOWER = 0.25
 #: KD steps between two looks at the figures, at least, where a method takes turns of a few: a round's border costs a
 #: copy of the student and the method, and makes the device wait.
 CHECK_EVERY = 50
-#: A KD loss beyond this is as good as not finite.
-EXPLODED = 1e6
-
-
-class Diverged(FastDFKDError):
-    """A figure stopped being finite, and what to lower."""
-
-    def __init__(self, what: str, section: Literal["distillation.lr", "synthesis.lr_generator"]) -> None:
-        super().__init__(f"{what}; nothing was exported. Lower {section}, or use --no-amp.")
-        self.what = what
-        self.section = section
-
-
-@dataclass
-class Costs:
-    """Seconds by what they were spent on; distillation includes augmentation and the teacher's passes."""
-
-    synthesis: float = 0.0
-    distillation: float = 0.0
-
-
-@dataclass
-class Position:
-    """Where a run stands: what is done of the round it is in."""
-
-    round: int = 0
-    batches: int = 0
-    kd_steps: int = 0
-
-
-def _now() -> float:
-    return time.perf_counter()
-
-
-@dataclass
-class Clock:
-    """How far a run is, by rounds or by the wall clock.
-
-    With a time budget, the numbers of warm-up and final rounds keep their shares of the rounds that will fit; how many
-    fit is measured (see :meth:`Distillation._fit_schedule`).
-    """
-
-    budget: float | None
-    rounds: int
-    warmup_rounds: int
-    final_rounds: int
-    batches_per_round: int
-    kd_steps_per_round: int
-    #: Rounds after the warm-up until the generator's one renewal (0: never).
-    renewal: int = 0
-    #: Whether the rounds that fit a time budget are known.
-    fitted: bool = False
-    final_seconds: float = 0.0
-    distillation_started: float | None = None
-    #: Seconds since some moment: where several processes decide by them, what they have agreed on.
-    now: Callable[[], float] = _now
-    started: float = field(default_factory=_now)
-
-    def start(self, elapsed: float = 0.0) -> None:
-        """Count from here on, from ``elapsed``."""
-        self.started = self.now() - elapsed
-
-    @property
-    def elapsed(self) -> float:
-        return self.now() - self.started
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, with the time that has passed instead of the time of day."""
-        values = {name: value for name, value in vars(self).items() if name not in ("started", "now")}
-        return values | {"elapsed": self.elapsed}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], now: Callable[[], float] = _now) -> Clock:
-        """A clock that goes on from where :meth:`to_dict` was asked."""
-        values = dict(values)
-        elapsed = values.pop("elapsed")
-        clock = cls(**values, now=now)
-        clock.start(elapsed)
-        return clock
-
-    @property
-    def out_of_time(self) -> bool:
-        return self.budget is not None and self.elapsed >= self.budget
-
-    def is_final(self, round_index: int) -> bool:
-        """Whether a round comes after the last synthesis."""
-        if self.budget is not None:
-            return self.final_rounds > 0 and self.elapsed >= self.budget - self.final_seconds
-        return round_index >= self.rounds - self.final_rounds
-
-    def distilled(self, step: int, total_steps: int) -> float:
-        """Share of the distillation that is done, 0 to 1: by steps, or by the clock under a time budget."""
-        if self.budget is None:
-            return step / total_steps
-        begin = self.distillation_started or 0.0
-        return min((self.elapsed - begin) / max(self.budget - begin, 1e-9), 1.0)
 
 
 def _nothing() -> None:
     """Where nobody waits for a border."""
-
-
-def soft_labels(teacher: nn.Module, images: Tensor, amp: bool) -> Tensor:
-    """The teacher's logits for images in [0, 1], without gradient and as it gives them (bf16 with ``amp``)."""
-    with torch.no_grad(), torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
-        return teacher(images)
-
-
-def label_views(config: DistillationConfig, *, images: int, kd_steps: int, feeds: bool = False) -> int:
-    """How many variations of each pool image the teacher labels once, for all KD steps; 0: it labels what is drawn.
-
-    Without augmentation an image always looks the same: its one label is exact, and costs nothing but memory. In
-    either case it has to pay: where there are fewer draws than variations to label, labelling draws is cheaper.
-    Of a method that ``feeds`` the student, no image is seen twice, and no mixture either; and labels hold no attention
-    maps.
-    """
-    if feeds or config.attention_weight or config.mixes:
-        return 0
-    views = 1 if config.augmentation == "none" else config.label_views
-    return views if kd_steps * config.batch_size > views * images else 0
-
-
-def _sgd(
-    parameters: Iterable[nn.Parameter], config: DistillationConfig, device: torch.device, captured: bool
-) -> torch.optim.SGD:
-    """SGD whose steps are all alike, the first too, and are one kernel where torch has one."""
-    parameters = list(parameters)
-    optimizer = torch.optim.SGD(
-        parameters,
-        # A captured step reads the rate from the device.
-        lr=torch.tensor(config.lr, device=device) if captured else config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        fused=device.type in ("cpu", "cuda") and not any(parameter.is_complex() for parameter in parameters),
-    )
-    if config.momentum:
-        # From 0, as from nothing: and a layer that takes part only later (or now and then) has one as well.
-        for parameter in parameters:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-class Student:
-    """A student in training: its optimiser, its learning-rate schedule, its average.
-
-    Args:
-        net: takes images in [0, 1] and returns logits; it is trained in place.
-        config: the distillation section.
-        amp: bf16 autocast in both networks.
-        acceleration: how its steps may be made faster.
-        group: the processes that take each step together, each on a batch of its own.
-        num_classes: needed with ``config.noise_weight`` alone.
-    """
-
-    def __init__(
-        self,
-        net: nn.Module,
-        config: DistillationConfig,
-        device: torch.device,
-        amp: bool,
-        acceleration: Acceleration = EAGER,
-        group: Group = ALONE,
-        num_classes: int = 0,
-    ) -> None:
-        self.net = net
-        self.group = group
-        self.config = config
-        self.device = device
-        self.amp = amp
-        self.acceleration = acceleration
-        self.optimizer = _sgd(net.parameters(), config, device, captured=acceleration.graphs)
-        self.average = None
-        if config.average == "ema":
-            self.average = ModelEmaV3(net, decay=config.average_decay, use_warmup=True)
-        #: Learned with the student, and no part of it.
-        self.noise = None
-        if config.noise_weight:
-            self.noise = NoiseMatrix(num_classes, config.noise_accuracy, config.noise_lr, device)
-        #: Factor on the schedule's rate.
-        self.rate = 1.0
-        self._answer: Callable[[Tensor], Tensor] = self._forward
-        self._ask: Callable[[nn.Module, Tensor], Tensor] = partial(soft_labels, amp=amp)
-        self._captured: _CapturedStep | None = None
-        self._pairs: AttentionPairs | None = None
-
-    def prepare(self, teacher: nn.Module | None, image_size: tuple[int, int, int]) -> None:
-        """Compile the networks' passes for KD steps, where that is wanted, before the first is timed.
-
-        Args:
-            teacher: the one to be asked in each step; None where its answers are kept.
-            image_size: C, H, W.
-
-        Raises:
-            UsageError: attention transfer finds nothing to compare in the two.
-        """
-        if self.config.attention_weight and teacher is not None:
-            self._pairs = AttentionPairs(teacher, self.net, torch.full((2, *image_size), 0.5, device=self.device))
-            if self.acceleration.compile:
-                self.acceleration.say("KD steps run as they are: --compile does not go with attention transfer")
-            return
-        if not self.acceleration.compile:
-            return
-        probe = torch.full((self.config.batch_size, *image_size), 128, dtype=torch.uint8, device=self.device)
-        images = to_float(probe)
-        self.net.train()
-        self._answer = self.acceleration.compiled(
-            self._forward, "the student's pass in distillation", images, modules=[self.net]
-        )
-        if teacher is not None:
-            ask = self.acceleration.compiled(
-                partial(soft_labels, teacher, amp=self.amp), "the teacher's pass in distillation", images
-            )
-            self._ask = lambda asked, images: ask(images) if asked is teacher else soft_labels(asked, images, self.amp)
-
-    def _forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            return self.net(images)
-
-    def set_learning_rate(self, done: float) -> float:
-        """Take the schedule's rate when the share ``done`` of all steps is taken, and return it."""
-        rate = self.rate * learning_rate(self.config, done)
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
-        return rate
-
-    def learn(self, teacher: nn.Module | Tensor, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """One KD step: the loss and the share of equal predictions, on the device.
-
-        Args:
-            teacher: the teacher, or its logits for exactly these images.
-            images: float in [0, 1], or uint8.
-            step: steps taken before this one.
-        """
-        self.net.train()
-        if self.acceleration.graphs and not self.acceleration.checkpoint:
-            if self._captured is None or not self._captured.fits(teacher, images):
-                self._captured = _CapturedStep(self, teacher, images)
-            loss, agreement = self._captured(teacher, images)
-        else:
-            loss, agreement = self.descend(teacher, images)
-        if self.average is not None:
-            self.average.update(self.net, step=step)
-        return loss, agreement
-
-    def descend(self, teacher: nn.Module | Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What :meth:`learn` computes of Eq. 12: a function of tensors, which never asks the device for a number."""
-        if images.dtype == torch.uint8:
-            images = to_float(images)
-        self._forget_gradients()
-        with checkpointed(self.net) if self.acceleration.checkpoint else nullcontext():
-            with self._compared(teacher, images) as attention:
-                teacher_logits = teacher if isinstance(teacher, Tensor) else self._ask(teacher, images)
-                student_logits = self._answer(images)
-            loss = self._loss(teacher_logits, student_logits)
-            if attention is not None:
-                loss = loss + self.config.attention_weight * attention()
-            with statistics_held(self.net) if self.acceleration.checkpoint else nullcontext():
-                loss.backward()
-        agreement = (teacher_logits.argmax(1) == student_logits.argmax(1)).float().mean()
-        if self.group.several:
-            mean_(self.group, [loss.detach(), agreement, *self._gradients()])
-        self.optimizer.step()
-        if self.noise is not None:
-            self.noise.optimizer.step()
-        return loss.detach(), agreement
-
-    def _compared(
-        self, teacher: nn.Module | Tensor, images: Tensor
-    ) -> AbstractContextManager[Callable[[], Tensor] | None]:
-        """Around a pass of both networks: gives the attention transfer of it, where that is wanted."""
-        if not self.config.attention_weight:
-            return nullcontext()
-        if isinstance(teacher, Tensor):
-            raise ValueError("logits alone hold no attention maps")
-        if self._pairs is None or self._pairs.networks != (teacher, self.net):
-            self._pairs = AttentionPairs(teacher, self.net, images[:2])
-        return self._pairs.compared()
-
-    def _loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-        if self.config.loss == "l1":
-            loss = losses.logit_l1(teacher_logits, student_logits)
-        else:
-            loss = losses.distillation(teacher_logits, student_logits, self.config.temperature)
-        if self.noise is None:
-            return loss
-        labels = teacher_logits.argmax(1)
-        return loss + self.config.noise_weight * losses.noisy_classification(student_logits, labels, self.noise.log())
-
-    def _forget_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.noise is not None:
-            self.noise.optimizer.zero_grad(set_to_none=True)
-
-    def _gradients(self) -> list[Tensor]:
-        """One of each weight that is trained, as all processes send the same: 0 where a weight took no part."""
-        found = []
-        for parameter in [*self.net.parameters(), *([self.noise.weight] if self.noise is not None else [])]:
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if parameter.grad is not None:
-                found.append(parameter.grad)
-        return found
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Weights, statistics, momentum, average and noise matrix."""
-        state = {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
-        for index, parameter in enumerate(self.net.parameters()):
-            momentum = self.optimizer.state[parameter].get("momentum_buffer")
-            if momentum is not None:
-                state[f"momentum.{index}"] = momentum
-        if self.average is not None:
-            state |= {f"average.{name}": tensor for name, tensor in self.average.module.state_dict().items()}
-        if self.noise is not None:
-            state |= {f"noise.{name}": tensor for name, tensor in self.noise.state_dict().items()}
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state_dict` gave; every tensor stays where it is.
-
-        Raises:
-            ValueError: it is another student's.
-        """
-        own = self.state_dict()
-        strange = sorted({*own} ^ {*state}) or [name for name in own if own[name].shape != state[name].shape]
-        if strange:
-            raise ValueError(f"this state is another student's: {strange[0]}")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(state[name])
-
-    @contextmanager
-    def tried(self) -> Iterator[None]:
-        """Steps that are taken back: weights, statistics, momentum, average and noise matrix become again, in place,
-        what they were.
-
-        In place, because a recording goes on with these very tensors.
-        """
-        tensors = [*self.net.parameters(), *self.net.buffers()]
-        tensors += [value for state in self.optimizer.state.values() for value in state.values()]
-        if self.average is not None:
-            tensors += [*self.average.module.parameters(), *self.average.module.buffers()]
-        if self.noise is not None:
-            tensors += self.noise.state_dict().values()
-        before = [tensor.detach().clone() for tensor in tensors]
-        modes = [(module, module.training) for module in self.net.modules()]
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            yield
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
-        self._forget_gradients()
-        for module, mode in modes:
-            module.training = mode
-
-    def finish(self) -> None:
-        """Put the averaged weights and statistics, where an average is kept, into the student itself."""
-        if self.average is not None:
-            self.net.load_state_dict(self.average.module.state_dict())
-        self.net.eval()
-        self.check()
-
-    def check(self) -> None:
-        """Look at all weights and statistics, which a last update can break behind a loss that was fine.
-
-        Raises:
-            Diverged: one of them is not finite.
-        """
-        state = {name: tensor for name, tensor in self.net.state_dict().items() if tensor.is_floating_point()}
-        finite = torch.stack([torch.isfinite(tensor).all() for tensor in state.values()]).tolist()
-        for name, fine in zip(state, finite, strict=True):
-            if not fine:
-                raise Diverged(f"The student's {name} is not finite", "distillation.lr")
-
-
-class _CapturedStep:
-    """:meth:`Student.descend` as a function of tensors that stay where they are, into which each batch is copied."""
-
-    def __init__(self, student: Student, teacher: nn.Module | Tensor, images: Tensor) -> None:
-        self._images = torch.empty_like(images)
-        self._teacher = torch.empty_like(teacher) if isinstance(teacher, Tensor) else teacher
-        self._run: Captured[tuple[Tensor, Tensor]] = student.acceleration.captured(
-            lambda: student.descend(self._teacher, self._images), "a KD step"
-        )
-
-    def fits(self, teacher: nn.Module | Tensor, images: Tensor) -> bool:
-        """Whether this is what such a batch needs."""
-        return _alike(self._images, images) and (
-            _alike(self._teacher, teacher)
-            if isinstance(teacher, Tensor) and isinstance(self._teacher, Tensor)
-            else self._teacher is teacher
-        )
-
-    def __call__(self, teacher: nn.Module | Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and the agreement; the next call writes over them."""
-        self._images.copy_(images)
-        if isinstance(teacher, Tensor) and isinstance(self._teacher, Tensor):
-            self._teacher.copy_(teacher)
-        return self._run()
-
-
-def _alike(kept: Tensor, given: Tensor) -> bool:
-    return kept.shape == given.shape and kept.dtype == given.dtype
 
 
 class Distillation:
@@ -525,17 +111,7 @@ class Distillation:
         self._taken_up = self._distilling = False
         self._agreement = Agreement(group)
         self._request, self._seconds = 0, 0.0  # what was agreed on last
-        schedule = config.schedule
-        self.clock = Clock(
-            schedule.time_budget,
-            schedule.rounds,
-            schedule.warmup_rounds,
-            schedule.final_rounds,
-            schedule.batches_per_round,
-            schedule.kd_steps_per_round,
-            config.synthesis.renewal,
-            now=self._now,
-        )
+        self.clock = Clock.of(config, self._now)
         self._given = int(largest(group, len(self.pool))[0])  # parts of a set may differ by an image
         made = config.synthetic_images if synthesizer is not None else self._given
         #: Variations of each pool image that are labelled once; 0: what is drawn is labelled.
@@ -550,7 +126,7 @@ class Distillation:
         self._step_figures: dict[str, Tensor | float] = {}
 
     def _now(self) -> float:
-        return self._seconds if self.group.several else _now()
+        return self._seconds if self.group.several else time.perf_counter()
 
     def prepare(self) -> None:
         """Compile what the run will compute, where that is wanted; no result depends on it."""
@@ -740,12 +316,7 @@ class Distillation:
         return rounds * self.clock.kd_steps_per_round
 
     def _fit_schedule(self) -> None:
-        """Under a time budget: how many rounds fit, from the first batch, its labels and a few KD steps on a copy.
-
-        Where fewer than ``MIN_ROUNDS`` fit, rounds are made smaller, batches and KD steps alike: a student that is
-        trained between few, long syntheses would hardly take part in them.
-        """
-        assert self.clock.budget is not None
+        """Under a time budget: how many rounds fit, from the first batch, its labels and a few KD steps on a copy."""
         schedule, clock = self.config.schedule, self.clock
         began = time.perf_counter()
         self._label_new_images()
@@ -754,24 +325,11 @@ class Distillation:
         self.costs.distillation += label_seconds
         step_seconds = self.time_kd_step()
         (batch_seconds,) = of_leader(self.group, self.costs.synthesis + label_seconds)
-        warmup = schedule.warmup_rounds / schedule.rounds
-        final = schedule.final_rounds / schedule.rounds
-
-        def rounds_that_fit() -> float:
-            synthesis = clock.batches_per_round * batch_seconds * (1 - final)
-            return clock.budget / (synthesis + clock.kd_steps_per_round * step_seconds * (1 - warmup))  # type: ignore[operator]
-
-        shrink = min(rounds_that_fit() / MIN_ROUNDS, 1.0)
-        clock.batches_per_round = max(round(clock.batches_per_round * shrink), 1)
-        clock.kd_steps_per_round = max(round(clock.kd_steps_per_round * shrink), 1)
-        clock.rounds = max(int(rounds_that_fit()), 1)
-        clock.warmup_rounds = round(warmup * clock.rounds)
-        clock.renewal = round(clock.renewal / schedule.rounds * clock.rounds)
+        clock.fit(schedule, batch_seconds, step_seconds)
         # About as many images as will come, so that the pool need not grow step by step, a copy each time.
-        batches = (clock.rounds - round(final * clock.rounds)) * clock.batches_per_round
+        final_rounds = round(schedule.final_rounds / schedule.rounds * clock.rounds)
+        batches = (clock.rounds - final_rounds) * clock.batches_per_round
         self.pool.reserve(batches * self.config.synthesis.batch_size)
-        clock.final_seconds = final * clock.rounds * clock.kd_steps_per_round * step_seconds
-        clock.fitted = True
 
     def time_kd_step(self) -> float:
         """Seconds of one KD step, measured on steps that are taken back."""
@@ -823,7 +381,7 @@ class Distillation:
         """
         others = "rng.draws" not in tensors
         if others and self.clock.budget is None:
-            values = self._at_this_pace(values)
+            values = self.clock.in_own_rounds(values, synthesises=self.synthesizer is not None)
         self.clock = Clock.from_dict(values["clock"], self._now)
         self.costs = Costs(**values["costs"])
         self.label_views = values["label_views"]
@@ -838,23 +396,6 @@ class Distillation:
         if name.startswith("method."):
             return self.synthesizer is not None and self.synthesizer.is_own(name.removeprefix("method."))
         return name in ("rng.draws", "rng.cpu", "rng.cuda")
-
-    def _at_this_pace(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Position and clock of a run of so many rounds, in the rounds that this one has."""
-        before, position = Clock.from_dict(values["clock"]), Position(**values["position"])
-        clock = self.clock.to_dict() | {"elapsed": values["clock"]["elapsed"]}
-        if before.distillation_started is not None:
-            clock["distillation_started"] = before.distillation_started
-        done = position.round + position.kd_steps / before.kd_steps_per_round
-        round_now = min(int(done / before.rounds * self.clock.rounds + 1e-9), self.clock.rounds)
-        if self.synthesizer is not None and position.round >= before.warmup_rounds:
-            round_now = max(round_now, self.clock.warmup_rounds)
-        if position.round >= before.rounds:
-            round_now = self.clock.rounds
-        without_steps = self.clock.warmup_rounds if self.synthesizer is not None else 0
-        steps = max(round_now - without_steps, 0) * self.clock.kd_steps_per_round
-        now = vars(Position(round=round_now))
-        return {**values, "clock": clock, "position": now, "steps_taken": steps}
 
     def _put_back(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Networks, position and random states as :meth:`state` gave them."""
@@ -959,7 +500,7 @@ class Distillation:
         return self._record("synthesis", self.images_made, total, rate=rate, values=values)
 
     def _distillation_record(self, *, rate: float) -> Record:
-        values = self._check_finite("distillation", self.steps_taken, self._step_figures)
+        values = finite("distillation", self.steps_taken, self._step_figures)
         total = None if self.clock.budget is not None else self._total_steps
         return self._record("distillation", self.steps_taken, total, rate=rate, values=values)
 
@@ -1004,27 +545,10 @@ class Distillation:
             Diverged: one of them stopped being a number.
         """
         # A student that broke breaks the adversarial term too: name the cause before its effect.
-        self._check_finite("distillation", self.steps_taken, self._step_figures)
+        finite("distillation", self.steps_taken, self._step_figures)
         if self.steps_taken:
             self.student.check()
-        return self._check_finite("synthesis", self.images_made, self._batch_losses)
-
-    @staticmethod
-    def _check_finite(phase: str, step: int, figures: Mapping[str, Tensor | float]) -> dict[str, float]:
-        """Read figures off the device, and refuse those that stopped being numbers."""
-        values = {name: float(value) for name, value in figures.items()}
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
-        unit = "image" if phase == "synthesis" else "step"
-        if broken:
-            # An adversarial term that breaks alone is the student's doing.
-            student = phase == "distillation" or set(broken) == {"adversarial", "total"}
-            raise Diverged(
-                f"The {phase} loss stopped being finite at {unit} {step} ({', '.join(broken)})",
-                "distillation.lr" if student else "synthesis.lr_generator",
-            )
-        if phase == "distillation" and values.get("loss", 0.0) > EXPLODED:
-            raise Diverged(f"The {phase} loss exploded at {unit} {step} ({values['loss']:.3g})", "distillation.lr")
-        return values
+        return finite("synthesis", self.images_made, self._batch_losses)
 
 
-__all__ = ["DEFAULT_POOL_IMAGES", "Clock", "Costs", "Distillation", "Student", "label_views", "soft_labels"]
+__all__ = ["DEFAULT_POOL_IMAGES", "Distillation"]

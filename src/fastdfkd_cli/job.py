@@ -20,9 +20,10 @@ from fastdfkd_cli.bn_stats import batch_norm_layers
 from fastdfkd_cli.config import RunConfig, from_dict, to_dict
 from fastdfkd_cli.dataset import load_manifest
 from fastdfkd_cli.dataset.layout import is_dataset
-from fastdfkd_cli.distillation import DEFAULT_POOL_IMAGES, label_views
+from fastdfkd_cli.distillation import DEFAULT_POOL_IMAGES
 from fastdfkd_cli.distributed import device_name, first_of_machine, largest
 from fastdfkd_cli.errors import UsageError
+from fastdfkd_cli.labels import label_views
 from fastdfkd_cli.models import LoadedModel, ModelOptions, check_forward, load_student, load_teacher
 from fastdfkd_cli.models.files import unwrapped
 from fastdfkd_cli.plan import distillation_plan, synthesis_plan

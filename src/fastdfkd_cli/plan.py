@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdfkd_cli.config import RunConfig
-from fastdfkd_cli.distillation import Student, label_views, soft_labels
 from fastdfkd_cli.errors import FastDFKDError
+from fastdfkd_cli.labels import label_views, soft_labels
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.methods.base import Method
 from fastdfkd_cli.pool import ImagePool, pool_bytes_per_image
 from fastdfkd_cli.runtime import synchronize
+from fastdfkd_cli.student import Student
 
 #: Timed steps use at most so many pixels a batch; the time of a larger batch is scaled up.
 TIMED_PIXELS = 2**20
