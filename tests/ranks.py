@@ -736,7 +736,7 @@ def hanging(group: Any, _: list[int]) -> None:
     """A process that is stopped, not ended: no connection breaks off."""
     if group.rank == 1 and os.fork() == 0:
         # Somebody has to kill it in the end.
-        time.sleep(3)
+        time.sleep(8)
         os.kill(os.getppid(), signal.SIGKILL)
         os._exit(0)
     ending(group, lambda: os.kill(os.getpid(), signal.SIGSTOP), victim=1, patience=8, grace=0.5)

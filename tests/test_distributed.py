@@ -198,7 +198,7 @@ def test_a_killed_process_ends_the_others_soon(ran: dict[str, Any], name: str, v
     found = ran[f"{name} 3"]
     assert found["codes"] == [-9 if rank == victim else 1 for rank in range(3)]
     # A second of this is the work before.
-    assert max(found["seconds"]) < 10
+    assert max(found["seconds"]) < 30
     said = lines(found)
     assert set(said) == {
         f"error: Process {victim} of 3 ended or stopped answering without a word (killed, or out of memory?). "
@@ -222,7 +222,7 @@ def test_one_process_fails_and_says_why_and_the_others_end_silently(ran: dict[st
     found = ran["failing 3"]
     assert found["codes"] == [1, 3, 1]
     assert lines(found) == ["error: the file is gone"]
-    assert max(found["seconds"]) < 10
+    assert max(found["seconds"]) < 30
 
 
 def test_what_all_processes_fail_with_is_said_once(ran: dict[str, Any]) -> None:

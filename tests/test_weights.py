@@ -294,7 +294,7 @@ def test_one_number_does_not_fill_the_memory(tmp_path: Path) -> None:
     began = time.perf_counter()
     with pytest.raises(UnavailableError, match=r"x\.pth would become 1,024\.0 GiB, many times its size"):
         read_checkpoint(tmp_path / "x.pth")
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 20
 
 
 def test_a_compressed_checkpoint_is_no_larger_than_it_looks(tmp_path: Path) -> None:
