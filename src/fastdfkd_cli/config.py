@@ -26,6 +26,7 @@ from fastdfkd_cli.method_config import (
     MethodConfig,
     SynthesisConfig,
     at_most,
+    below_one,
     non_negative,
     positive,
     require,
@@ -107,9 +108,7 @@ class DistillationConfig:
         require(self.batch_size >= 2, "distillation.batch_size", self.batch_size, "2 or more (batch statistics)")
         at_most(self, "distillation", 2**31, "batch_size", "label_views")
         require(self.lr_min <= self.lr, "distillation.lr_min", self.lr_min, f"at most distillation.lr ({self.lr})")
-        for name in ("momentum", "lr_warmup", "average_decay"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"distillation.{name}", value, "in [0, 1)")
+        below_one(self, "distillation", "momentum", "lr_warmup", "average_decay")
         require(
             self.augmentation != "none" or self.label_views <= 1,
             "distillation.label_views",
