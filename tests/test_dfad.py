@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -133,6 +134,26 @@ def test_a_lower_rate_holds_also_after_a_state_is_taken_up() -> None:
     again.load_state_dict(ours.state_dict())
     for each in (ours, again):
         assert each.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 4)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_generators_rate_follows_the_students(schedule: str) -> None:
+    """At full rate against a student that hardly moves any more, the generator would tear the two apart."""
+    assert settings().synthesis.lr_schedule == "cosine"
+    run_config = settings(schedule__rounds=4, synthesis__lr_schedule=schedule)
+    made = method(run_config)
+    made.slow_down(0.5)
+    rates: list[float] = []
+    original = made.synthesize
+
+    def watched(student: nn.Module | None = None) -> Any:
+        rates.append(made.optimizer.param_groups[0]["lr"])
+        return original(student)
+
+    made.synthesize = watched  # type: ignore[method-assign]
+    list(Distillation(run_config, teacher(), net(1), synthesizer=made, image_size=SIZE, device=CPU, amp=False))
+    shares = [0, 0.25, 0.5, 0.75] if schedule == "cosine" else [0] * 4
+    assert rates == pytest.approx([5e-4 * (1 + math.cos(math.pi * share)) / 2 for share in shares])
 
 
 def test_several_processes_are_refused() -> None:

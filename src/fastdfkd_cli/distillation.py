@@ -248,6 +248,9 @@ class Distillation:
         """
         assert self.synthesizer is not None
         self._distilling = False
+        if self.config.synthesis.feeds:
+            done = self.clock.distilled(self.steps_taken, self._total_steps)
+            cast(Feeder, self.synthesizer).follow(done)
         batch = self.synthesizer.synthesize(self.student.net if with_student else None)
         self.pool.add(batch.images, batch.labels)
         self.images_made += len(batch.images) * self.group.world_size

@@ -17,6 +17,7 @@ Images = Literal["generator", "pixel"]
 MetaGradient = Literal["fomaml", "reptile"]
 Latent = Literal["fresh", "meta"]
 Adversarial = Literal["agreement-kl", "jsd"]
+LearningRateSchedule = Literal["constant", "cosine"]
 Augmentation = Literal["crop-flip", "resized-crop-flip", "crop", "none"]
 Keep = Literal["best", "last"]
 
@@ -294,6 +295,9 @@ class OneGeneratorConfig(MethodConfig):
 
     #: Adam's learning rate for the generator.
     lr_generator: float = 1e-3
+    #: How that rate goes on: as it is, or by a cosine to 0 while the student is trained. A generator that plays against
+    #: a student at full rate wins in the end, when the student's rate is almost 0.
+    lr_schedule: LearningRateSchedule = "constant"
     #: Adam's betas.
     beta1: float = 0.5
     beta2: float = 0.999
@@ -326,6 +330,7 @@ class ZSKTConfig(OneGeneratorConfig):
 
     needs_student: ClassVar[bool] = True
 
+    lr_schedule: LearningRateSchedule = "cosine"
     #: Softening of both outputs in the divergence that the generator climbs.
     adversarial_temperature: float = 1.0
 
@@ -363,6 +368,7 @@ class DFADConfig(OneGeneratorConfig):
 
     needs_student: ClassVar[bool] = True
 
+    lr_schedule: LearningRateSchedule = "cosine"
     #: Descend on -log(D + 1) instead of -D, so that a large discrepancy pulls less.
     log_discrepancy: bool = False
 
@@ -516,6 +522,7 @@ __all__ = [
     "DFQConfig",
     "GenerativeDFDConfig",
     "KDConfig",
+    "LearningRateSchedule",
     "Method",
     "MethodConfig",
     "NAYERConfig",

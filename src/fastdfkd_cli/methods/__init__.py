@@ -73,6 +73,10 @@ class Synthesizer(Protocol):
 class Feeder(Synthesizer, Protocol):
     """A method whose settings say that it ``feeds`` the student, which then learns from no pool."""
 
+    def follow(self, done: float) -> None:
+        """Take the rate that belongs to the share ``done`` of the distillation, 0 to 1, for the next batch."""
+        ...
+
     def training_batch(self, count: int) -> Tensor:
         """Images ``[count, C, H, W]`` in [0, 1] for one KD step, made now."""
         ...

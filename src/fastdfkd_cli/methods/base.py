@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -260,6 +261,14 @@ class OneGenerator(Method[SettingsT]):
         self.batches += 1
         found = {name: term.detach() for name, term in terms.items()} | {"total": total.detach()}
         return SyntheticBatch(to_uint8(images.detach()), logits.detach().argmax(1), found)
+
+    def follow(self, done: float) -> None:
+        """Take the rate of the schedule at the share ``done`` of the distillation, 0 to 1."""
+        settings = self.config
+        if settings.lr_schedule == "cosine":  # type: ignore[attr-defined]
+            lr = settings.lr_generator * (1 + math.cos(math.pi * done)) / 2  # type: ignore[attr-defined]
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr * self.rate
 
     @torch.no_grad()
     def training_batch(self, count: int) -> Tensor:
