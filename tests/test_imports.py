@@ -39,7 +39,7 @@ LAYERS = (
         "weights",
     },
     {"attention", "bn_stats", "data", "models", "noise", "pool", "synced_norm"},
-    {"checkpoint", "dataset", "export", "methods", "student"},
+    {"checkpoint", "dataset", "export", "initialisation", "methods", "student"},
     {"distillation", "evaluation", "plan", "quality", "synthesis", "training"},
     {"judging", "resume"},
     {"job"},

@@ -34,6 +34,7 @@ from fastdfkd_cli.method_config import (
 
 GeneratorKind = Literal["linear", "map"]
 Average = Literal["none", "ema"]
+Init = Literal["random", "weight-selection"]
 Loss = Literal["kl", "l1"]
 
 
@@ -64,6 +65,8 @@ class GeneratorConfig:
 class DistillationConfig:
     """How the student learns from the pool (the paper's Eq. 12)."""
 
+    #: What the student begins with: weights drawn at random, or a selection of a larger relative's, the teacher's.
+    init: Init = "random"
     #: Images per KD step.
     batch_size: int = 256
     #: What the student descends on: Eq. 12's KL divergence, or the mean absolute difference of the logits (DFAD's).

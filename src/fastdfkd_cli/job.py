@@ -23,6 +23,7 @@ from fastdfkd_cli.dataset.layout import is_dataset
 from fastdfkd_cli.distillation import DEFAULT_POOL_IMAGES
 from fastdfkd_cli.distributed import device_name, first_of_machine, largest
 from fastdfkd_cli.errors import UsageError
+from fastdfkd_cli.initialisation import select_weights
 from fastdfkd_cli.labels import label_views
 from fastdfkd_cli.models import LoadedModel, ModelOptions, check_forward, load_student, load_teacher
 from fastdfkd_cli.models.files import unwrapped
@@ -139,7 +140,10 @@ def prepare(
                 pupil = load_student(student, student_options or ModelOptions(), like=loaded)
             else:
                 pupil = _opponent(student, student_options or ModelOptions(), loaded)
-        say(f"student {pupil.name}")
+        selected = ""
+        if trains and settings.distillation.init == "weight-selection":
+            selected = f", {100 * _selected_share(pupil, loaded):.3g} % of its weights selected from the teacher's"
+        say(f"student {pupil.name}{selected}")
         check_forward(pupil)
     return Job(machine, settings, loaded, pupil)
 
@@ -147,6 +151,20 @@ def prepare(
 def copied(model: Model) -> Model:
     """A caller's own module is left as it is: evaluation mode, freezing, moving and memory format go to a copy."""
     return copy.deepcopy(unwrapped(model)) if isinstance(model, nn.Module) else model
+
+
+def _selected_share(student: LoadedModel, teacher: LoadedModel) -> float:
+    """Have the student begin with a selection of the teacher's weights; the share of its own that was."""
+    otherwise = "--set distillation.init=random"
+    if student.pretrained:
+        raise UsageError(f"The student {student.name} comes with weights, which would be overwritten: {otherwise}.")
+    share = select_weights(student, teacher)
+    if not share:
+        raise UsageError(
+            f"No layer of the student {student.name} has a namesake in the teacher {teacher.name} that is as large, to "
+            f"select weights from: {otherwise}."
+        )
+    return share
 
 
 def _opponent(student: Model, options: ModelOptions, teacher: LoadedModel) -> LoadedModel:

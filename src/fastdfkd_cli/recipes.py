@@ -148,12 +148,13 @@ _BEYOND: dict[str, dict[str, Any]] = {
     "dafl": {"generator.latent_dim": 512, "distillation.augmentation": "none"},
     "zskt": {
         "distillation.temperature": 1.0,
+        "distillation.lr": 0.1,
         "distillation.attention_weight": 250.0,
         "distillation.label_views": 0,
         "distillation.augmentation": "none",
     },
     "dfq": {"distillation.augmentation": "none"},
-    "dfad": {"distillation.loss": "l1", "distillation.augmentation": "none"},
+    "dfad": {"distillation.loss": "l1", "distillation.lr": 0.1, "distillation.augmentation": "none"},
     "dfnd": {"distillation.temperature": 4.0, "distillation.noise_weight": 1.0},
 }
 #: Methods that vary an image before the teacher sees it as FastDFKD does: as the recipe says (digits: unmirrored).
@@ -256,6 +257,12 @@ def quick(image_size: ImageSize) -> RunConfig:
     return _for_cpu(image_size, ScheduleConfig(rounds=60, warmup_rounds=5, kd_steps_per_round=50))
 
 
+def quick_selection(image_size: ImageSize) -> RunConfig:
+    """`quick` for a student of the teacher's family, which begins with a selection of the teacher's weights."""
+    base = quick(image_size)
+    return replace(base, distillation=replace(base.distillation, init="weight-selection"))
+
+
 def cpu(image_size: ImageSize) -> RunConfig:
     """About 20 minutes on two cores: a student worth keeping, without a GPU."""
     if not _is_small(image_size):
@@ -328,6 +335,12 @@ RECIPES: dict[str, Recipe] = {
             source="our own",
             description="Four to six minutes on two cores at 32x32: 72 % on CIFAR-10, WRN-16-2 (86.7 %) to WRN-16-1.",
             build=quick,
+        ),
+        Recipe(
+            name="quick-selection",
+            source="our own; Xu et al. 2024",
+            description="quick for a student of the teacher's family, which begins with a part of the teacher.",
+            build=quick_selection,
         ),
         Recipe(
             name="cpu",
