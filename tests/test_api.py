@@ -122,10 +122,13 @@ def test_the_student_has_the_teachers_normalisation_unless_it_says_otherwise() -
 
 
 def test_a_teacher_without_batch_norm() -> None:
-    with pytest.raises(UsageError, match=r"TinyNet has no BatchNorm .*--set synthesis.feature_weight=0"):
+    off = r"--set synthesis.feature_weight=0 --set quality_images=0 \(.* no quality signal\)"
+    with pytest.raises(UsageError, match=rf"TinyNet has no BatchNorm .*{off}"):
         run(net(norm=False))
-    result = run(net(norm=False), overrides={"synthesis.feature_weight": 0})
-    assert result.report["quality"]["statistics_distance"] is None
+    with pytest.raises(UsageError, match=r"the quality signal .*leave it out with --set quality_images=0"):
+        run(net(norm=False), overrides={"synthesis.feature_weight": 0})
+    result = run(net(norm=False), overrides={"synthesis.feature_weight": 0, "quality_images": 0})
+    assert result.report["quality"] is None
     assert result.report["images"] == 16
 
 

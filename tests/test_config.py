@@ -201,6 +201,7 @@ OUT_OF_RANGE = {
     "seed": [-1, 2**63],
     "pool_size": [-1, 255],
     "quality_images": [-1],
+    "quality_steps": [0, -1, 2**62],
 }
 
 

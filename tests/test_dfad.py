@@ -205,7 +205,7 @@ def test_a_whole_run_ends_with_a_student_that_says_how(tmp_path: Any) -> None:
     assert report["config"]["method"] == "dfad"
     assert report["config"]["distillation"]["loss"] == "l1"
     assert report["kd_steps"] == 3 * 3 // 5 * 5
-    assert report["quality"]["images"] == 8  # images of FastDFKD, whatever the method
+    assert report["quality"]["images"] == 8  # images of DeepInversion, whatever the method
 
 
 def test_a_set_needs_a_student_to_play_against(tmp_path: Any) -> None:

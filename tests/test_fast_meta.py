@@ -402,7 +402,7 @@ def test_the_adversarial_term_drives_the_two_apart() -> None:
 
 
 def test_the_adversarial_term_alone_waits_for_its_student() -> None:
-    # Warm-up rounds and the quality signal have none: there is nothing to descend then, and nothing to fall over.
+    # Warm-up rounds have none: there is nothing to descend then, and nothing to fall over.
     found = method(config(synthesis__class_weight=0, synthesis__feature_weight=0))
     before = shared(found)
     batch = found.synthesize()

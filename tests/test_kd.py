@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 
 from fastdfkd_cli import api
-from fastdfkd_cli.config import RunConfig, from_dict
+from fastdfkd_cli.config import from_dict
 from fastdfkd_cli.errors import UsageError
 from fastdfkd_cli.method_config import KDConfig
 from fastdfkd_cli.models import ModelOptions
-from fastdfkd_cli.quality import signal_config
 from fastdfkd_cli.recipes import get_recipe, with_method
 from tiny import SIZE, config, net, state_of
 
@@ -53,7 +52,7 @@ def test_a_run_on_given_images_is_kd(
     assert report["config"]["method"] == "kd"
     assert report["config"]["synthesis"] == {"batch_size": 4}
     assert (report["images"], report["seconds"]["synthesis"]) == (9, 0)
-    assert report["quality"]["images"] == 8  # FastDFKD's, of any method
+    assert report["quality"]["images"] == 8  # DeepInversion's, of any method
     assert any("method kd" in line for line in said)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
     card = (tmp_path / "out" / "README.md").read_text()
@@ -101,16 +100,6 @@ def test_a_teacher_without_statistics_is_refused_for_the_signal_alone(pictures: 
     with pytest.raises(UsageError, match="leave it out with --set quality_images=0"):
         distill(teacher=net(norm=False), overrides={"method": "dfad"})
     distill(teacher=net(norm=False), data_dir=pictures, overrides={"quality_images": 0})
-
-
-def test_the_signal_is_of_the_recipes_images_whatever_the_method() -> None:
-    size = (1, 8, 8)
-    fast = get_recipe("digits").config(size)
-    for method in ("kd", "dfad", "nayer"):
-        found = signal_config(with_method(fast, method), size)
-        assert (found.synthesis, found.generator) == (fast.synthesis, fast.generator)
-    assert signal_config(fast, size) is fast
-    assert signal_config(with_method(RunConfig(), "kd"), size).method == "fast"  # of no recipe
 
 
 def test_another_method_keeps_the_budget() -> None:

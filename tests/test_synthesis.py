@@ -333,7 +333,13 @@ def test_what_decides_the_images_is_in_the_header_and_nothing_else() -> None:
         return header(config(**changes), ABOUT, None, False)
 
     plain = of()
-    for same in ({"distillation__lr": 0.01}, {"quality_images": 3}, {"schedule__rounds": 9}, {"pool_size": 50}):
+    for same in (
+        {"distillation__lr": 0.01},
+        {"quality_images": 3},
+        {"quality_steps": 7},
+        {"schedule__rounds": 9},
+        {"pool_size": 50},
+    ):
         assert of(**same) == plain
     for other in ({"seed": 1}, {"synthesis__steps": 3}, {"generator__width": 6}, {"schedule__warmup_rounds": 2}):
         assert of(**other) != plain

@@ -56,6 +56,7 @@ def config(**changes: Any) -> RunConfig:
     """Settings of a run of moments; ``changes`` are dotted keys with ``__`` for the dot."""
     small = {
         "quality_images": 8,
+        "quality_steps": 2,
         "synthesis.batch_size": 4,
         "synthesis.steps": 2,
         "generator.latent_dim": 6,

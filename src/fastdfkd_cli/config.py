@@ -208,7 +208,9 @@ class RunConfig:
     #: Most images kept; the oldest make room for new ones (0: as many as the run makes).
     pool_size: int = 0
     #: Fresh images for the quality signal at the end (0: no signal).
-    quality_images: int = 1024
+    quality_images: int = 512
+    #: Steps in which a batch of them is made.
+    quality_steps: int = 100
     #: Of the class that goes with ``method``.
     synthesis: MethodConfig = field(default_factory=SynthesisConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
@@ -219,6 +221,8 @@ class RunConfig:
         if type(self.synthesis) is not SETTINGS[self.method]:
             raise TypeError(f"{type(self.synthesis).__name__} does not go with the method {self.method}")
         non_negative(self, "config", "seed", "pool_size", "quality_images")
+        positive(self, "config", "quality_steps")
+        at_most(self, "config", 2**31, "quality_steps")
         require(self.seed < 2**63, "config.seed", self.seed, "below 2**63")
         require(
             self.pool_size == 0 or self.pool_size >= self.synthesis.batch_size,

@@ -127,10 +127,11 @@ def prepare(
         settings = with_method(settings, "kd")
     method = f"method {settings.method}, " if settings.method != "fast" else ""
     say(f"{method}recipe {settings.recipe}, seed {settings.seed}")
+    judges = trains and settings.quality_images > 0
     if settings.synthesis.makes_images:
-        _check_synthesis(settings, loaded, machine.device)
-    if trains and settings.quality_images and settings.method != "fast":
-        _check_synthesis(signal_config(settings, loaded.input.size), loaded, machine.device, of_signal=True)
+        _check_synthesis(settings, loaded, machine.device, judges=judges)
+    if judges:
+        _check_signal(signal_config(settings, loaded.input.size), loaded)
     pupil = None
     if student is not None:
         with torch.random.fork_rng(devices=[]), first_of_machine(machine.group):
@@ -321,14 +322,13 @@ def _check_method(
         raise UsageError(f"The method {config.method} works in one process: run it without torchrun.")
 
 
-def _check_synthesis(config: RunConfig, teacher: LoadedModel, device: torch.device, *, of_signal: bool = False) -> None:
-    """Refuse what images cannot be made with: those of the run, or ``of_signal`` those of the quality signal."""
+def _check_synthesis(config: RunConfig, teacher: LoadedModel, device: torch.device, *, judges: bool) -> None:
+    """Refuse what the run's images cannot be made with; ``judges``: whether it ends with the quality signal."""
     augmentation = getattr(config.synthesis, "augmentation", "none")
-    without_signal = "The quality signal is read off such images: leave it out with --set quality_images=0."
     if config.deterministic and device.type == "cuda" and augmentation == "resized-crop-flip":
         raise UsageError(
             "--deterministic: torch has no repeatable derivative of a resized crop on CUDA. "
-            + (without_signal if of_signal else "Give --set synthesis.augmentation=crop-flip, or run on the CPU.")
+            "Give --set synthesis.augmentation=crop-flip, or run on the CPU."
         )
     if teacher.input.size[0] > 4:
         raise UsageError(f"{teacher.name} takes {teacher.input.size[0]} channels; images of 1 to 4 can be made.")
@@ -337,13 +337,21 @@ def _check_synthesis(config: RunConfig, teacher: LoadedModel, device: torch.devi
         reading = [term for term in ("feature", "contrastive") if getattr(config.synthesis, f"{term}_weight", 0) > 0]
         terms, need = " and the ".join(f"{term} term" for term in reading), "needs" if len(reading) == 1 else "need"
         off = " ".join(f"--set synthesis.{term}_weight=0" for term in reading)
+        cost = "images will be poorer"
+        if judges:
+            off, cost = f"{off} --set quality_images=0", f"{cost}, and there will be no quality signal"
         raise UsageError(
             f"{teacher.name} has no BatchNorm layers, whose statistics the {terms} {need}. "
-            + (
-                without_signal
-                if of_signal
-                else f"Choose another teacher, or do without: {off} (images will be poorer)."
-            )
+            f"Choose another teacher, or do without: {off} ({cost})."
+        )
+
+
+def _check_signal(config: RunConfig, teacher: LoadedModel) -> None:
+    """Refuse what the quality signal's images cannot be made with."""
+    if config.synthesis.needs_statistics and not batch_norm_layers(teacher.module):
+        raise UsageError(
+            f"{teacher.name} has no BatchNorm layers, and the images that the quality signal is read off follow their "
+            "statistics: leave it out with --set quality_images=0."
         )
 
 

@@ -1,32 +1,32 @@
 """A quality signal without data: what can be known of a student when there is no test set.
 
-The images it is read from are fresh: another generator, from another seed, without the adversarial term, and none of
-them was shown to the student. They are the teacher's idea of its domain, not the domain itself: the signal tells a good
-student of a teacher from a poor one, does not order students that are close, and does not replace an accuracy.
+The images it is read from are DeepInversion's, whose pixels are optimised batch by batch, whatever method made the run's
+own; none of them was shown to the student, and all students of a teacher are judged on the same ones. They are the
+teacher's idea of its domain, not the domain itself: the signal tells a good student of a teacher from a poor one, does
+not order students that are close, and does not replace an accuracy.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastdfkd_cli.bn_stats import batch_norm_layers, channel_moments
 from fastdfkd_cli.config import RunConfig
 from fastdfkd_cli.losses import jensen_shannon
+from fastdfkd_cli.method_config import DeepInversionConfig
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.pool import to_float
 from fastdfkd_cli.recipes import RECIPES, ImageSize, with_method
 from fastdfkd_cli.records import Record
 
-#: The signal's images come from ``seed + QUALITY_SEED``, so that no run shares them by accident.
+#: The signal's images come from this seed and not from the run's: runs that differ in theirs share the images.
 QUALITY_SEED = 7_919
-#: A new generator's first batches look like noise; so many are thrown away (at most the recipe's warm-up,
-#: or a tenth of its batches where it has none).
-BURN_IN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,8 @@ class Quality:
     agreement: float
     #: Mean Jensen-Shannon divergence between the two outputs, in nats (0: equal, ln 2 = 0.693: disjoint).
     divergence: float
+    #: Mean cosine similarity of the two networks' logits, each image's less their mean (-1 to 1; 1: equal up to scale).
+    similarity: float
     #: Share of images that the teacher recognises as the class asked for.
     recognised: float
     #: Share of classes that the teacher predicts for at least one image.
@@ -56,25 +58,32 @@ class Quality:
 
 
 def signal_config(config: RunConfig, image_size: ImageSize) -> RunConfig:
-    """The settings by which the signal's images are made: FastDFKD's of the run's recipe, whatever its method.
+    """The settings by which the signal's images are made: DeepInversion's, with its published weights.
 
-    So that they are images of one kind, and the signals of several methods can be compared.
+    Of the run's own they take ``quality_images``, ``quality_steps`` and the batch size, and from its recipe whether the
+    teacher sees them mirrored: no seed, no method and none of its settings. So the signals of several runs can be
+    compared.
     """
-    if config.method == "fast":
-        return config
-    batch_size = config.synthesis.batch_size
-    config = with_method(config, "fast")
-    if config.recipe not in RECIPES:
-        return config
-    recipe = RECIPES[config.recipe].config(image_size)
-    return replace(config, synthesis=replace(recipe.fast, batch_size=batch_size), generator=recipe.generator)
+    recipe = RECIPES[config.recipe].config(image_size) if config.recipe in RECIPES else config
+    return RunConfig(
+        recipe=config.recipe,
+        method="deepinversion",
+        seed=QUALITY_SEED,
+        quality_images=config.quality_images,
+        quality_steps=config.quality_steps,
+        synthesis=DeepInversionConfig(
+            batch_size=max(min(config.synthesis.batch_size, config.quality_images), 2),
+            steps=config.quality_steps,
+            flip=with_method(recipe, "deepinversion").settings_of(DeepInversionConfig).flip,
+        ),
+    )
 
 
 class QualitySignal:
     """Make fresh images and compare the two networks on them; iterate, then read :attr:`result`.
 
     Args:
-        config: the run's settings; ``quality_images`` says how many images.
+        config: the run's settings; ``quality_images`` says how many images, ``quality_steps`` in how many steps.
         teacher, student: images in [0, 1] -> logits, on ``device``; neither is changed.
         image_size: C, H, W.
         num_classes: classes to draw labels from.
@@ -98,32 +107,22 @@ class QualitySignal:
         self.num_classes = num_classes
         self.device = device
         self.method = build_method(
-            config,
-            teacher,
-            image_size=image_size,
-            num_classes=num_classes,
-            device=device,
-            amp=amp,
-            seed=config.seed + QUALITY_SEED,
+            config, teacher, image_size=image_size, num_classes=num_classes, device=device, amp=amp
         )
         self.result: Quality | None = None
 
     def __iter__(self) -> Iterator[Record]:
         began = time.perf_counter()
-        schedule = self.config.schedule
         wanted = self.config.quality_images
         batch_size = self.config.synthesis.batch_size
-        made = schedule.synthesis_rounds * schedule.batches_per_round
-        burn_in = min(BURN_IN, max(schedule.warmup_rounds * schedule.batches_per_round, made // 10))
-        batches = burn_in + -(-wanted // batch_size)
+        batches = -(-wanted // batch_size)
         images: list[Tensor] = []
         labels: list[Tensor] = []
         try:
             for index in range(batches):
                 batch = self.method.synthesize()
-                if index >= burn_in:
-                    images.append(batch.images)
-                    labels.append(batch.labels)
+                images.append(batch.images)
+                labels.append(batch.labels)
                 elapsed = time.perf_counter() - began
                 yield Record(
                     phase="quality",
@@ -189,6 +188,7 @@ def compare(
         images=len(images),
         agreement=float((predicted == student_all.argmax(1)).float().mean()),
         divergence=float(jensen_shannon(teacher_all, student_all).mean()),
+        similarity=float(F.cosine_similarity(_centred(teacher_all), _centred(student_all), dim=1).mean()),
         recognised=float((predicted == labels).float().mean()),
         coverage=len(predicted.unique()) / num_classes,
         teacher_confidence=float(teacher_all.softmax(1).amax(1).mean()),
@@ -197,4 +197,9 @@ def compare(
     )
 
 
-__all__ = ["BURN_IN", "QUALITY_SEED", "Quality", "QualitySignal", "compare", "signal_config"]
+def _centred(logits: Tensor) -> Tensor:
+    """``[N, classes]`` less each row's mean, which no softmax can tell."""
+    return logits - logits.mean(1, keepdim=True)
+
+
+__all__ = ["QUALITY_SEED", "Quality", "QualitySignal", "compare", "signal_config"]

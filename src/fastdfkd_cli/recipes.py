@@ -227,7 +227,8 @@ def _for_cpu(image_size: ImageSize, schedule: ScheduleConfig) -> RunConfig:
     base = cifar(image_size)
     return replace(
         base,
-        quality_images=512,
+        quality_images=128,
+        quality_steps=50,
         synthesis=replace(base.fast, batch_size=128, generator_reset_after=0),
         generator=_frugal_generator(image_size, width=32),
         distillation=DistillationConfig(batch_size=64, lr=0.5, lr_warmup=0.05, nesterov=True),
@@ -241,6 +242,7 @@ def _for_cpu_large(image_size: ImageSize, rounds: int) -> RunConfig:
     return replace(
         base,
         quality_images=16,
+        quality_steps=10,
         synthesis=replace(
             base.fast, batch_size=16, steps=10, lr_generator=1e-3, meta_lr_generator=5e-4, latent_reset_every=0
         ),
@@ -278,6 +280,7 @@ def smoke(image_size: ImageSize) -> RunConfig:
     return replace(
         base,
         quality_images=2 * batch,
+        quality_steps=10 if small else 3,
         synthesis=replace(base.fast, batch_size=batch, steps=5 if small else 2, generator_reset_after=0),
         generator=_frugal_generator(image_size),
         distillation=DistillationConfig(
@@ -299,6 +302,7 @@ def digits(image_size: ImageSize) -> RunConfig:
     return replace(
         base,
         quality_images=512,
+        quality_steps=50,
         synthesis=replace(
             base.fast,
             batch_size=128,

@@ -43,7 +43,7 @@ def header(
     """Everything that decides what the images are. A set is only ever continued under the same one."""
     settings = to_dict(config)
     # The student's training and the run's length do not touch a single image of a set.
-    for name in ("distillation", "pool_size", "quality_images"):
+    for name in ("distillation", "pool_size", "quality_images", "quality_steps"):
         del settings[name]
     settings["schedule"] = {"burn_in_batches": burn_in_batches(config)}
 

@@ -21,6 +21,7 @@ from fastdfkd_cli.output import safe_text
 QUALITY = (
     "agreement",
     "divergence",
+    "similarity",
     "recognised",
     "coverage",
     "teacher_confidence",
