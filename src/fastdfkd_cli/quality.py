@@ -1,9 +1,9 @@
 """A quality signal without data: what can be known of a student when there is no test set.
 
-The images it is read from are DeepInversion's, whose pixels are optimised batch by batch, whatever method made the run's
-own; none of them was shown to the student, and all students of a teacher are judged on the same ones. They are the
-teacher's idea of its domain, not the domain itself: the signal tells a good student of a teacher from a poor one, does
-not order students that are close, and does not replace an accuracy.
+The images it is read from are DeepInversion's, whose pixels are optimised batch by batch, whatever method the run made
+its own by; none of them was shown to the student, and all students of a teacher are judged on the same ones. They are
+the teacher's idea of its domain, not the domain itself: the signal tells a good student of a teacher from a poor one,
+does not order students that are close, and does not replace an accuracy.
 """
 
 from __future__ import annotations
