@@ -134,13 +134,14 @@ def write_accuracy_time(summary: Mapping[str, Any], path: Path) -> bool:
 
 
 def write_quality(summary: Mapping[str, Any], path: Path) -> bool:
-    """Each figure of the quality signal against top-1, a point for each finished run, with both correlations.
+    """Each figure of the quality signal that varies against top-1, a point for each run, with both correlations.
 
     Returns:
         Whether there was anything to draw.
     """
     of_all = {entry["figure"]: entry for entry in summary["quality"] if entry["teacher"] is None}
-    shown = [name for name in QUALITY if of_all[name]["n"] >= FEWEST]
+    # What the teacher says to one set of images is the same for all its students.
+    shown = [name for name in QUALITY if of_all[name]["n"] >= FEWEST and of_all[name]["spearman"] is not None]
     if not shown:
         return False
     figure, all_axes = _figure(len(shown))
@@ -161,12 +162,8 @@ def write_quality(summary: Mapping[str, Any], path: Path) -> bool:
                 label=_literal(row),
             )
         entry = of_all[name]
-        said = [
-            f"{word} {entry[kind]:+.2f}"
-            for word, kind in (("Spearman", "spearman"), ("Pearson", "pearson"))
-            if entry[kind] is not None
-        ]
-        axes.set_title(", ".join(said) or "no correlation: constant", fontsize=9)
+        said = [f"{word} {entry[kind]:+.2f}" for word, kind in (("Spearman", "spearman"), ("Pearson", "pearson"))]
+        axes.set_title(", ".join(said), fontsize=9)
         axes.set_xlabel(name.replace("_", " "))
         axes.set_ylabel("top-1 (%)")
         axes.grid(visible=True, alpha=0.2)
