@@ -70,7 +70,8 @@ def test_the_plan_of_distill() -> None:
     seconds = found["seconds"]
     assert seconds["synthesis"] == pytest.approx(12 * seconds["synthesis_batch"], abs=0.06)
     assert seconds["distillation"] == pytest.approx(15 * seconds["kd_step"], abs=0.06)
-    assert seconds["total"] == pytest.approx(seconds["synthesis"] + seconds["distillation"], abs=0.11)
+    parts = (seconds[name] for name in ("synthesis", "distillation", "quality"))
+    assert seconds["total"] == pytest.approx(sum(parts), abs=0.16)
     assert seconds["synthesis_batch"] > 0
     assert seconds["kd_step"] > 0
 
@@ -104,11 +105,28 @@ def test_a_time_budget_is_filled_with_the_same_mixture(monkeypatch: pytest.Monke
     costs = {"synthesis_batch": 0.5, "kd_step": 0.1, "labels": 0.0, "synthesis_memory": 0.0, "kd_memory": 0.0}
     monkeypatch.setattr(plan, "timed_steps", lambda *_, **__: costs)
     # 4 batches and 9 steps take 2.9 seconds; ten times that is 40 batches and 90 steps.
-    found = distils(config(schedule__time_budget=29))
+    found = distils(config(schedule__time_budget=29, quality_images=0))
     assert found["synthetic_images"] == pytest.approx(160, abs=1)
     assert found["kd_steps"] == pytest.approx(90, abs=1)
     assert found["seconds"]["total"] == 29
     assert found["seconds"]["synthesis"] == 20
+    # What comes after the student is none of the clock's: nine images in batches of four.
+    seconds = distils(config(schedule__time_budget=29, quality_images=9))["seconds"]
+    assert (seconds["quality"], seconds["total"]) == (1.5, 30.5)
+
+
+def test_the_signal_costs_its_own_steps_and_not_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.time, "perf_counter", iter(range(1000)).__next__)
+
+    def of(**changes: Any) -> float:
+        seconds: float = distils(config(synthesis__steps=20, **changes), pool_images=30)["seconds"]["quality"]
+        return seconds
+
+    # One second by this clock, of 2 steps.
+    assert of(quality_images=9, quality_steps=2) == 3
+    assert of(quality_images=9, quality_steps=50) == 75
+    assert of(quality_images=16, quality_steps=50) == 100
+    assert of(quality_images=0) == 0
 
 
 def test_what_the_teacher_labels_once_is_not_asked_in_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +147,7 @@ def test_what_the_teacher_labels_once_is_not_asked_in_each_step(monkeypatch: pyt
 
 
 def test_labels_made_once_are_part_of_the_distillation(monkeypatch: pytest.MonkeyPatch) -> None:
-    def costs(*_: Any, views: int, **__: Any) -> dict[str, float]:
+    def costs(*_: Any, views: int = 0, **__: Any) -> dict[str, float]:
         # A step of 0.3 seconds, two thirds of which are the teacher's.
         return {
             "synthesis_batch": 0.5,
@@ -140,7 +158,9 @@ def test_labels_made_once_are_part_of_the_distillation(monkeypatch: pytest.Monke
         }
 
     monkeypatch.setattr(plan, "timed_steps", costs)
-    exact: dict[str, Any] = {"distillation__augmentation": "none", "schedule__kd_steps_per_round": 10}
+    exact: dict[str, Any] = {
+        "distillation__augmentation": "none", "schedule__kd_steps_per_round": 10, "quality_images": 0,
+    }  # fmt: skip
     found = distils(config(**exact))
     assert found["seconds"]["distillation"] == pytest.approx(30 * 0.1 + 16 * 0.05)
     # Twice as long, twice as much of each.

@@ -24,6 +24,7 @@ from fastdfkd_cli.labels import label_views, soft_labels
 from fastdfkd_cli.methods import build_method
 from fastdfkd_cli.methods.base import Method
 from fastdfkd_cli.pool import ImagePool, pool_bytes_per_image
+from fastdfkd_cli.quality import signal_config
 from fastdfkd_cli.runtime import synchronize
 from fastdfkd_cli.student import Student
 
@@ -197,17 +198,10 @@ def distillation_plan(
     """
     before = _resident_memory(device)
     synthesises = pool_images is None
-    timed = partial(
-        timed_steps,
-        config,
-        teacher,
-        student,
-        image_size=image_size,
-        num_classes=num_classes,
-        device=device,
-        amp=amp,
-        synthesises=synthesises,
-    )
+    machine: dict[str, Any] = {
+        "image_size": image_size, "num_classes": num_classes, "device": device, "amp": amp,
+    }  # fmt: skip
+    timed = partial(timed_steps, config, teacher, student, **machine, synthesises=synthesises)
     schedule = config.schedule
     batches = schedule.synthesis_rounds * schedule.batches_per_round if synthesises else 0
     kd_steps = config.kd_steps if synthesises else schedule.rounds * schedule.kd_steps_per_round
@@ -236,6 +230,11 @@ def distillation_plan(
         if synthesises:
             images, label_seconds = int(images * share), label_seconds * share
     kd_seconds += label_seconds
+    signal_seconds = 0.0
+    if config.quality_images:
+        signal = signal_config(config, image_size)
+        each = timed_steps(signal, teacher, None, **machine, trains=False)["synthesis_batch"]
+        signal_seconds = -(-signal.quality_images // signal.synthesis.batch_size) * each
     kept = images
     if synthesises:
         kept = min(images, config.pool_size or images, config.pooled_images if feeds else images)
@@ -263,7 +262,8 @@ def distillation_plan(
             "kd_step": round(costs["kd_step"], 4),
             "synthesis": round(synthesis_seconds, 1),
             "distillation": round(kd_seconds, 1),
-            "total": round(synthesis_seconds + kd_seconds, 1),
+            "quality": round(signal_seconds, 1),
+            "total": round(synthesis_seconds + kd_seconds + signal_seconds, 1),
         },
     }
 
