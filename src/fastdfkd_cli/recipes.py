@@ -260,9 +260,13 @@ def quick(image_size: ImageSize) -> RunConfig:
 
 
 def quick_selection(image_size: ImageSize) -> RunConfig:
-    """`quick` for a student of the teacher's family, which begins with a selection of the teacher's weights."""
+    """`quick` for a student of the teacher's family, which begins with a selection of the teacher's weights.
+
+    Up to 64 pixels its rate is lower: there is something to lose. Chosen on training images (docs/recipes.md).
+    """
     base = quick(image_size)
-    return replace(base, distillation=replace(base.distillation, init="weight-selection"))
+    lr = 0.2 if _is_small(image_size) else base.distillation.lr
+    return replace(base, distillation=replace(base.distillation, init="weight-selection", lr=lr))
 
 
 def cpu(image_size: ImageSize) -> RunConfig:
