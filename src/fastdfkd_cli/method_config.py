@@ -469,7 +469,7 @@ class GenerativeDFDConfig(MethodConfig):
 class KDConfig(MethodConfig):
     """Plain distillation on given images, ``--method kd`` (Hinton, Vinyals & Dean 2015): nothing is synthesised.
 
-    ``batch_size`` is that of the quality signal's images.
+    ``batch_size`` is that of the quality signal's images, at most.
     """
 
     makes_images: ClassVar[bool] = False
