@@ -34,8 +34,9 @@ print(json.dumps({"codes": codes, "reached": reached, "written": written}))
 ON_DIGITS = ("--dataset", "builtin/digits", "--device", "cpu")
 TINY = (
     "synthesis.batch_size=8", "distillation.batch_size=8", "schedule.rounds=3", "schedule.warmup_rounds=1",
-    "schedule.final_rounds=0", "quality_images=8", "synthesis.steps=1", "schedule.kd_steps_per_round=2",
-    "generator.width=4", "synthesis.generator_reset_after=0", "schedule.batches_per_round=1", "pool_size=0",
+    "schedule.final_rounds=0", "quality_images=8", "quality_steps=2", "synthesis.steps=1",
+    "schedule.kd_steps_per_round=2", "generator.width=4", "synthesis.generator_reset_after=0",
+    "schedule.batches_per_round=1", "pool_size=0",
 )  # fmt: skip
 
 
