@@ -68,6 +68,11 @@ def _save(figure: Any, path: Path) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def _legend(axes: Any) -> None:
+    """Beside the axes: within them it would cover points."""
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+
 def _literal(text: str) -> str:
     """A name as matplotlib draws it letter by letter: no mathematics, no hidden legend entry."""
     text = printable(text).encode("latin-1", "replace").decode("latin-1").replace("$", r"\$")
@@ -124,11 +129,14 @@ def write_accuracy_time(summary: Mapping[str, Any], path: Path) -> bool:
                 alpha=0.5,
             )
         axes.set_xscale("log")
+        for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            ticks(lambda seconds, _: f"{seconds:g}")
+        axes.tick_params(axis="x", which="both", labelsize=8)
         axes.set_xlabel("seconds of synthesis")
         axes.set_ylabel("top-1 (%)")
         axes.grid(visible=True, which="both", alpha=0.2)
         axes.set_title(_literal(place or summary["title"]), fontsize=10)
-        axes.legend(fontsize=8)
+        _legend(axes)
     _save(figure, path)
     return True
 
@@ -167,7 +175,7 @@ def write_quality(summary: Mapping[str, Any], path: Path) -> bool:
         axes.set_xlabel(name.replace("_", " "))
         axes.set_ylabel("top-1 (%)")
         axes.grid(visible=True, alpha=0.2)
-    all_axes[0].legend(fontsize=8)
+    _legend(all_axes[-1])
     _save(figure, path)
     return True
 
