@@ -68,6 +68,11 @@ def _save(figure: Any, path: Path) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def _style(index: int) -> tuple[str, str]:
+    """Colour and marker of a row; 100 rows look different."""
+    return f"C{index % 10}", "osD^vP*X<>"[(index + index // 10) % 10]
+
+
 def _legend(axes: Any) -> None:
     """Beside the axes: within them it would cover points."""
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
@@ -103,7 +108,7 @@ def write_accuracy_time(summary: Mapping[str, Any], path: Path) -> bool:
     rows = list(dict.fromkeys(row for place in panels.values() for row in place))
     for axes, (place, of_rows) in zip(all_axes, panels.items(), strict=True):
         for row, points in of_rows.items():
-            colour, marker = f"C{rows.index(row) % 10}", "osD^vP*X<>"[rows.index(row) % 10]
+            colour, marker = _style(rows.index(row))
             timed = sorted((point for point in points if point[0] > 0), key=lambda point: point[0])
             for _, accuracy, _ in (point for point in points if point[0] <= 0):
                 axes.axhline(accuracy, color=colour, linestyle="--", linewidth=1, label=_literal(row))
@@ -164,8 +169,8 @@ def write_quality(summary: Mapping[str, Any], path: Path) -> bool:
             axes.plot(
                 [pair[0] for pair in pairs],
                 [pair[1] for pair in pairs],
-                color=f"C{index % 10}",
-                marker="osD^vP*X<>"[index % 10],
+                color=_style(index)[0],
+                marker=_style(index)[1],
                 linestyle="",
                 label=_literal(row),
             )
