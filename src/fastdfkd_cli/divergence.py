@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fastdfkd_cli.errors import FastDFKDError
 
@@ -48,4 +49,12 @@ def finite(phase: str, step: int, figures: Mapping[str, Tensor | float]) -> dict
     return values
 
 
-__all__ = ["Diverged", "finite"]
+def broken_weight(net: nn.Module) -> str | None:
+    """The first weight or statistic that is not finite, by name: a last update can break it behind a good loss."""
+    state = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+    # One wait for the device, not one for each tensor.
+    fine = torch.stack([torch.isfinite(tensor).all() for tensor in state.values()]).tolist()
+    return next((name for name, whole in zip(state, fine, strict=True) if not whole), None)
+
+
+__all__ = ["Diverged", "broken_weight", "finite"]

@@ -15,7 +15,7 @@ from fastdfkd_cli.acceleration import EAGER, Acceleration, Captured, checkpointe
 from fastdfkd_cli.attention import AttentionPairs
 from fastdfkd_cli.config import DistillationConfig, learning_rate
 from fastdfkd_cli.distributed import mean_
-from fastdfkd_cli.divergence import Diverged
+from fastdfkd_cli.divergence import Diverged, broken_weight
 from fastdfkd_cli.labels import soft_labels
 from fastdfkd_cli.noise import NoiseMatrix
 from fastdfkd_cli.pool import to_float
@@ -272,11 +272,8 @@ class Student:
         Raises:
             Diverged: one of them is not finite.
         """
-        state = {name: tensor for name, tensor in self.net.state_dict().items() if tensor.is_floating_point()}
-        finite = torch.stack([torch.isfinite(tensor).all() for tensor in state.values()]).tolist()
-        for name, fine in zip(state, finite, strict=True):
-            if not fine:
-                raise Diverged(f"The student's {name} is not finite", "distillation.lr")
+        if (name := broken_weight(self.net)) is not None:
+            raise Diverged(f"The student's {name} is not finite", "distillation.lr")
 
 
 class _CapturedStep:

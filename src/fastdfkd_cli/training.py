@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from fastdfkd_cli.augment import augment
 from fastdfkd_cli.config import learning_rate
 from fastdfkd_cli.data import EvaluationData
+from fastdfkd_cli.divergence import broken_weight
 from fastdfkd_cli.errors import FastDFKDError, UnavailableError, UsageError
 from fastdfkd_cli.models import InputSpec
 from fastdfkd_cli.pool import to_float
@@ -295,11 +296,8 @@ class Training:
         """
         if not math.isfinite(float(self._sums[0])):
             raise Diverged(f"The loss stopped being finite by step {self.steps_taken}")
-        state = {name: tensor for name, tensor in self.net.state_dict().items() if tensor.is_floating_point()}
-        finite = torch.stack([torch.isfinite(tensor).all() for tensor in state.values()]).tolist()
-        for name, fine in zip(state, finite, strict=True):
-            if not fine:
-                raise Diverged(f"The network's {name} is not finite at step {self.steps_taken}")
+        if (name := broken_weight(self.net)) is not None:
+            raise Diverged(f"The network's {name} is not finite at step {self.steps_taken}")
 
     # -- state --------------------------------------------------------------------------------------------------
 
