@@ -153,10 +153,10 @@ def test_a_value_that_json_does_not_have_is_refused_before_anything_is_written(t
 def test_what_the_caller_changes_after_saving_is_not_in_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, write = threading.Event(), checkpoint._write_tensors
+    files_to_write, write = threading.Semaphore(0), checkpoint._write_tensors
 
     def slow(*arguments: Any) -> Any:
-        assert gate.wait(20)
+        assert files_to_write.acquire(timeout=20)
         return write(*arguments)
 
     monkeypatch.setattr(checkpoint, "_write_tensors", slow)
@@ -168,12 +168,13 @@ def test_what_the_caller_changes_after_saving_is_not_in_the_checkpoint(
         images["images"].fill_(7)
         values["number"] = 7
         held = checkpoints.seconds
-        threading.Timer(0.05, gate.set).start()
+        threading.Timer(0.05, files_to_write.release, (2,)).start()  # the first's; the second's waits
         checkpoints.save(state(2), {"number": 2}, {"part-1": None})  # waits for the one before
         assert checkpoints.seconds - held > 0.04
         assert checkpoints.last is not None
         assert (checkpoints.last.number, checkpoints.last_cost) == (1, checkpoints.last.seconds)
         assert checkpoints.last.bytes == sum(len(content) for content in snapshot(tmp_path / "c").values())
+        files_to_write.release()
     (tmp_path / "c" / "checkpoint-00000002.json").unlink()
     with opened(tmp_path / "c") as checkpoints:
         require(checkpoints.latest, 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastdfkd_cli import host
-from fastdfkd_cli.host import available_memory, keep_freed_memory, usable_cpus
+from fastdfkd_cli.host import available_memory, cpu_vendor, keep_freed_memory, usable_cpus
 
 GB = 2**30
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="cgroups and affinity are Linux's")
@@ -227,3 +227,15 @@ def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert keep_freed_memory() is False
     monkeypatch.setattr(sys, "platform", "darwin")
     assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize(
+    ("files", "vendor"),
+    [
+        pytest.param({}, "", id="not Linux"),
+        pytest.param({"proc/cpuinfo": "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD"}, "AuthenticAMD", id="x86"),
+        pytest.param({"proc/cpuinfo": "processor\t: 0\nBogoMIPS\t: 50.00\nCPU implementer\t: 0x41"}, "", id="ARM"),
+    ],
+)
+def test_who_made_the_cpu(files: Mapping[str, str], vendor: str, tmp_path: Path) -> None:
+    assert cpu_vendor(machine(tmp_path, files)) == vendor

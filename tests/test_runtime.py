@@ -70,8 +70,14 @@ def test_a_device_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 AMX, AVX512, NEITHER = (True, True), (False, True), (False, False)
 
 
-def cpu_with(monkeypatch: pytest.MonkeyPatch, has: tuple[bool, bool], **environment: str) -> None:
+INTEL, AMD = "GenuineIntel", "AuthenticAMD"
+
+
+def cpu_with(
+    monkeypatch: pytest.MonkeyPatch, has: tuple[bool, bool], vendor: str = INTEL, **environment: str
+) -> None:
     """A CPU with or without AMX and AVX-512's bf16, and oneDNN with no cap but those of ``environment``."""
+    monkeypatch.setattr(host, "cpu_vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has[0], raising=False)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: has[0], raising=False)
@@ -84,25 +90,33 @@ def cpu_with(monkeypatch: pytest.MonkeyPatch, has: tuple[bool, bool], **environm
 
 
 @pytest.mark.parametrize(
-    ("has", "environment", "amp", "words"),
+    ("has", "vendor", "environment", "amp", "words"),
     [
-        (AMX, {}, True, "cpu (2 threads, AMX bf16)"),
-        (AVX512, {}, False, "cpu (2 threads, AVX-512 bf16)"),
-        (NEITHER, {}, False, "cpu (2 threads)"),
-        (AMX, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, True, "cpu (2 threads, AMX bf16)"),
-        (AMX, {"ONEDNN_MAX_CPU_ISA": "ALL"}, True, "cpu (2 threads, AMX bf16)"),
-        (AMX, {"ONEDNN_MAX_CPU_ISA": "", "DNNL_MAX_CPU_ISA": "DEFAULT"}, True, "cpu (2 threads, AMX bf16)"),
-        (AMX, {"ONEDNN_MAX_CPU_ISA": "avx512_core_bf16"}, False, "cpu (2 threads, AVX-512 bf16)"),
-        (AMX, {"ONEDNN_MAX_CPU_ISA": "AVX10_1_512"}, False, "cpu (2 threads, AVX-512 bf16)"),
-        (AMX, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, False, "cpu (2 threads)"),
-        (AMX, {"DNNL_MAX_CPU_ISA": "AVX2"}, False, "cpu (2 threads)"),
-        (NEITHER, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, False, "cpu (2 threads)"),
+        (AMX, INTEL, {}, True, "cpu (2 threads, AMX bf16)"),
+        (AVX512, INTEL, {}, False, "cpu (2 threads, AVX-512 bf16)"),
+        (AVX512, AMD, {}, True, "cpu (2 threads, AVX-512 bf16)"),
+        (AVX512, "", {}, False, "cpu (2 threads, AVX-512 bf16)"),
+        (NEITHER, AMD, {}, False, "cpu (2 threads)"),
+        (AMX, INTEL, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, True, "cpu (2 threads, AMX bf16)"),
+        (AMX, INTEL, {"ONEDNN_MAX_CPU_ISA": "ALL"}, True, "cpu (2 threads, AMX bf16)"),
+        (AMX, INTEL, {"ONEDNN_MAX_CPU_ISA": "", "DNNL_MAX_CPU_ISA": "DEFAULT"}, True, "cpu (2 threads, AMX bf16)"),
+        (AMX, INTEL, {"ONEDNN_MAX_CPU_ISA": "avx512_core_bf16"}, False, "cpu (2 threads, AVX-512 bf16)"),
+        (AMX, INTEL, {"ONEDNN_MAX_CPU_ISA": "AVX10_1_512"}, False, "cpu (2 threads, AVX-512 bf16)"),
+        (AMX, INTEL, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, False, "cpu (2 threads)"),
+        (AMX, INTEL, {"DNNL_MAX_CPU_ISA": "AVX2"}, False, "cpu (2 threads)"),
+        (AVX512, AMD, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, False, "cpu (2 threads)"),
+        (NEITHER, INTEL, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, False, "cpu (2 threads)"),
     ],
 )
 def test_bf16_where_the_processor_gains_by_it(
-    has: tuple[bool, bool], environment: dict[str, str], amp: bool, words: str, monkeypatch: pytest.MonkeyPatch
+    has: tuple[bool, bool],
+    vendor: str,
+    environment: dict[str, str],
+    amp: bool,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cpu_with(monkeypatch, has, **environment)
+    cpu_with(monkeypatch, has, vendor, **environment)
     assert default_amp(CPU) is amp
     assert describe_device(CPU) == words
 
