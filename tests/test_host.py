@@ -233,7 +233,9 @@ def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     ("files", "vendor"),
     [
         pytest.param({}, "", id="not Linux"),
-        pytest.param({"proc/cpuinfo": "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD"}, "AuthenticAMD", id="x86"),
+        pytest.param(
+            {"proc/cpuinfo": "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD"}, "AuthenticAMD", id="x86"
+        ),
         pytest.param({"proc/cpuinfo": "processor\t: 0\nBogoMIPS\t: 50.00\nCPU implementer\t: 0x41"}, "", id="ARM"),
     ],
 )

@@ -73,9 +73,7 @@ AMX, AVX512, NEITHER = (True, True), (False, True), (False, False)
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"
 
 
-def cpu_with(
-    monkeypatch: pytest.MonkeyPatch, has: tuple[bool, bool], vendor: str = INTEL, **environment: str
-) -> None:
+def cpu_with(monkeypatch: pytest.MonkeyPatch, has: tuple[bool, bool], vendor: str = INTEL, **environment: str) -> None:
     """A CPU with or without AMX and AVX-512's bf16, and oneDNN with no cap but those of ``environment``."""
     monkeypatch.setattr(host, "cpu_vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)

@@ -1,4 +1,4 @@
-"""What the operating system grants this process: CPUs and their maker, memory, and the C library's way of handing memory out.
+"""What the operating system grants this process: CPUs, memory, and the C library's way of handing memory out.
 
 Paths are read below ``root``, so that a test can stand a machine of its own there.
 """
@@ -34,7 +34,7 @@ def usable_cpus(root: Path = ROOT) -> int:
 
 
 def cpu_vendor(root: Path = ROOT) -> str:
-    """Who made the CPU, in its own words: ``GenuineIntel``, ``AuthenticAMD``; empty where Linux on x86 does not tell."""
+    """The CPU's maker: ``GenuineIntel``, ``AuthenticAMD``; empty on ARM, and where there is no /proc."""
     with contextlib.suppress(OSError):  # not Linux
         for line in _read(root / "proc/cpuinfo").splitlines():
             name, _, value = line.partition(":")
