@@ -23,6 +23,7 @@ from fastdfkd_cli.job import override
 from fastdfkd_cli.matrix import read_benchmark, shipped
 from fastdfkd_cli.plots import NO_MATPLOTLIB, draw_all
 from fastdfkd_cli.recipes import get_recipe
+from fastdfkd_cli.records import Record
 from fastdfkd_cli.tables import as_csv, as_markdown, as_text, correlations, pearson, spearman
 from test_training import paint
 
@@ -637,3 +638,26 @@ rows:
     before = (tmp_path / "out" / "runs" / "fast-s0" / "report.json").stat().st_mtime_ns
     assert benchmark(source, output=tmp_path / "out", device="cpu").summary["lines"] == result.summary["lines"]
     assert (tmp_path / "out" / "runs" / "fast-s0" / "report.json").stat().st_mtime_ns == before
+
+
+def test_its_runs_share_what_the_signal_is_read_off(write: Callable[[str], Path], tmp_path: Path) -> None:
+    source = write("""
+defaults: {teacher: builtin/digits, student: cifar/wrn10_1, recipe: digits, rounds: 2}
+rows:
+  - name: Fast
+    matrix: {seed: [0, 1]}
+    set: {quality_images: 16, quality_steps: 2, synthesis.batch_size: 16, synthesis.steps: 1,
+          distillation.batch_size: 8, schedule.kd_steps_per_round: 2, generator.width: 8}
+""")
+    made: list[Record] = []
+    benchmark(source, output=tmp_path / "out", device="cpu", on_record=made.append)
+    assert len([record for record in made if record.phase == "quality"]) == 1  # one batch, for both
+    runs = tmp_path / "out" / "runs"
+    first, second = (json.loads((runs / f"fast-s{seed}" / "report.json").read_bytes())["quality"] for seed in (0, 1))
+    assert first["images"] == second["images"] == 16
+    assert first["recognised"] == second["recognised"]  # the teacher's of the same images
+    assert first["similarity"] != second["similarity"]
+    # A student is judged as it would be alone.
+    benchmark(source, output=tmp_path / "alone", device="cpu", only=["Fast/s1"])
+    alone = json.loads((tmp_path / "alone" / "runs" / "fast-s1" / "report.json").read_bytes())["quality"]
+    assert alone == second

@@ -17,7 +17,7 @@ from fastdfkd_cli.bn_stats import batch_norm_layers
 from fastdfkd_cli.config import RunConfig, from_dict
 from fastdfkd_cli.method_config import SETTINGS, DeepInversionConfig
 from fastdfkd_cli.methods import build_method
-from fastdfkd_cli.quality import Quality, QualitySignal, compare, signal_config
+from fastdfkd_cli.quality import Quality, QualitySignal, compare, shared_images, signal_config
 from fastdfkd_cli.recipes import get_recipe, with_method
 from tiny import CLASSES, SIZE, assert_same_state, config, hooks_on, net, state_of, teacher
 
@@ -200,9 +200,9 @@ def test_its_images_are_the_teachers_and_those_asked_for(monkeypatch: pytest.Mon
     assert not torch.equal(images_of(config(quality_images=10, quality_steps=3), monkeypatch)[0], wanted)
     assert not torch.equal(images_of(config(quality_images=10, synthesis__batch_size=5), monkeypatch)[0], wanted)
     # A batch is no larger than what is wanted of it, and two images are the least that have statistics.
-    found = QualitySignal(config(quality_images=3, synthesis__batch_size=64), teacher(), net(1), **KEYWORDS)
-    assert found.method.synthesize().images.shape == (3, *SIZE)
-    found.method.close()
+    settings = config(quality_images=3, synthesis__batch_size=64)
+    assert len(list(QualitySignal(settings, teacher(), net(1), **KEYWORDS))) == 1
+    assert len(images_of(settings, monkeypatch)[0]) == 3
     assert len(images_of(config(quality_images=1), monkeypatch)[0]) == 1
 
 
@@ -229,6 +229,29 @@ def test_they_are_mirrored_where_the_recipe_mirrors_whatever_the_method(recipe: 
     assert section.flip is mirrors
     assert section.steps == plain.quality_steps
     assert section.batch_size == min(plain.synthesis.batch_size, plain.quality_images)
+
+
+def test_students_of_one_teacher_can_share_the_images() -> None:
+    settings = config(quality_images=9)
+
+    def read(student: nn.Module, facts: dict[str, Any] | None, **changes: Any) -> tuple[int, Quality]:
+        found = QualitySignal(from_dict(changes, base=settings), teacher(), student, **KEYWORDS, teacher_facts=facts)
+        return len(list(found)), result(found)
+
+    facts = {"weights_sha256": "0" * 64, "input": {"mean": [0.5]}}
+    apart = [read(net(seed), facts) for seed in (1, 2)]
+    with shared_images():
+        together = [read(net(seed), facts) for seed in (1, 2)]
+        assert [found for _, found in together] == [found for _, found in apart]
+        assert [made for made, _ in together] == [3, 0]  # batches
+        assert read(net(1), facts, seed=3) == (0, apart[0][1])
+        # What could give other images does not share them.
+        assert read(net(1), {**facts, "weights_sha256": "1" * 64})[0] == 3
+        assert read(net(1), None)[0] == 3
+        assert read(net(1), facts, quality_steps=3)[0] == 3
+    assert [made for made, _ in apart] == [3, 3]
+    with shared_images():
+        assert read(net(1), facts)[0] == 3  # another block begins with none
 
 
 def test_no_batch_is_thrown_away() -> None:

@@ -41,6 +41,7 @@ from fastdfkd_cli.output import (
     writing,
 )
 from fastdfkd_cli.plots import draw_all
+from fastdfkd_cli.quality import shared_images
 from fastdfkd_cli.recipes import get_recipe
 from fastdfkd_cli.records import Record
 from fastdfkd_cli.resume import checkpoint_folder, finished
@@ -105,7 +106,7 @@ def benchmark(
     for cell in cells:
         _require_same(folder, cell, requests[cell.name])
     failures: dict[str, FastDFKDError] = {}
-    with _locked(folder):
+    with _locked(folder), shared_images():
         (folder / "runs").mkdir(exist_ok=True)
         write_results(plan, folder, {})
         left = [cell for cell in cells if _done(folder, cell) is None]

@@ -28,7 +28,13 @@ def quality_signal(job: Job, log: MetricsLog) -> Quality | None:
     if not job.config.quality_images:
         return None
     assert job.student is not None
-    signal = QualitySignal(job.config, job.machine.place(job.teacher), job.machine.place(job.student), **job.keywords())
+    signal = QualitySignal(
+        job.config,
+        job.machine.place(job.teacher),
+        job.machine.place(job.student),
+        teacher_facts=None if job.teacher.weights_sha256 is None else job.teacher.describe(),
+        **job.keywords(),
+    )
     log.drain(signal)
     return signal.result
 

@@ -8,16 +8,20 @@ does not order students that are close, and does not replace an accuracy.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdfkd_cli.bn_stats import batch_norm_layers, channel_moments
-from fastdfkd_cli.config import RunConfig
+from fastdfkd_cli.config import RunConfig, to_dict
 from fastdfkd_cli.losses import jensen_shannon
 from fastdfkd_cli.method_config import DeepInversionConfig
 from fastdfkd_cli.methods import build_method
@@ -27,6 +31,20 @@ from fastdfkd_cli.records import Record
 
 #: The signal's images come from this seed and not from the run's: runs that differ in theirs share the images.
 QUALITY_SEED = 7_919
+
+#: The images of the signals that were read in a block of :func:`shared_images`, and the classes that were asked for, by
+#: all that they follow from. None outside such a block.
+_shared: ContextVar[dict[str, tuple[Tensor, Tensor]] | None] = ContextVar("_shared", default=None)
+
+
+@contextmanager
+def shared_images() -> Iterator[None]:
+    """In this block, the signals of students of one teacher are read from images that are made once."""
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +105,8 @@ class QualitySignal:
         teacher, student: images in [0, 1] -> logits, on ``device``; neither is changed.
         image_size: C, H, W.
         num_classes: classes to draw labels from.
+        teacher_facts: what makes the teacher this one and no other, as JSON values, its weights' checksum among them.
+            Signals of the same teacher share their images within :func:`shared_images`; None: made for this one.
     """
 
     def __init__(
@@ -99,6 +119,7 @@ class QualitySignal:
         num_classes: int,
         device: torch.device,
         amp: bool,
+        teacher_facts: dict[str, Any] | None = None,
     ) -> None:
         config = signal_config(config, image_size)
         self.config = config
@@ -106,21 +127,49 @@ class QualitySignal:
         self.student = student
         self.num_classes = num_classes
         self.device = device
-        self.method = build_method(
-            config, teacher, image_size=image_size, num_classes=num_classes, device=device, amp=amp
-        )
+        self.amp = amp
+        self.image_size = image_size
+        self.teacher_facts = teacher_facts
         self.result: Quality | None = None
 
     def __iter__(self) -> Iterator[Record]:
+        shared = _shared.get()
+        if shared is None or self.teacher_facts is None:
+            images, labels = yield from self._make()
+        else:
+            machine = [str(self.device), self.amp, torch.get_num_threads()]  # which rounds in a way of its own
+            facts = [self.teacher_facts, to_dict(self.config), self.image_size, self.num_classes, machine]
+            key = json.dumps(facts, sort_keys=True)
+            if key not in shared:
+                shared[key] = yield from self._make()
+            images, labels = shared[key]
+        self.result = compare(
+            self.teacher,
+            self.student,
+            images,
+            labels,
+            num_classes=self.num_classes,
+            batch_size=self.config.synthesis.batch_size,
+        )
+
+    def _make(self) -> Generator[Record, None, tuple[Tensor, Tensor]]:
+        """The images, uint8 ``[N, C, H, W]``, and the classes that were asked for, int64 ``[N]``."""
+        method = build_method(
+            self.config,
+            self.teacher,
+            image_size=self.image_size,
+            num_classes=self.num_classes,
+            device=self.device,
+            amp=self.amp,
+        )
         began = time.perf_counter()
         wanted = self.config.quality_images
-        batch_size = self.config.synthesis.batch_size
-        batches = -(-wanted // batch_size)
+        batches = -(-wanted // self.config.synthesis.batch_size)
         images: list[Tensor] = []
         labels: list[Tensor] = []
         try:
             for index in range(batches):
-                batch = self.method.synthesize()
+                batch = method.synthesize()
                 images.append(batch.images)
                 labels.append(batch.labels)
                 elapsed = time.perf_counter() - began
@@ -135,15 +184,8 @@ class QualitySignal:
                     rate=(index + 1) / elapsed,
                 )
         finally:
-            self.method.close()
-        self.result = compare(
-            self.teacher,
-            self.student,
-            torch.cat(images)[:wanted],
-            torch.cat(labels)[:wanted],
-            num_classes=self.num_classes,
-            batch_size=batch_size,
-        )
+            method.close()
+        return torch.cat(images)[:wanted], torch.cat(labels)[:wanted]
 
 
 @torch.no_grad()
@@ -202,4 +244,4 @@ def _centred(logits: Tensor) -> Tensor:
     return logits - logits.mean(1, keepdim=True)
 
 
-__all__ = ["QUALITY_SEED", "Quality", "QualitySignal", "compare", "signal_config"]
+__all__ = ["QUALITY_SEED", "Quality", "QualitySignal", "compare", "shared_images", "signal_config"]
