@@ -133,7 +133,7 @@ def write_accuracy_time(summary: Mapping[str, Any], path: Path) -> bool:
                 linestyle="",
                 alpha=0.5,
             )
-        axes.set_xscale("log")
+        axes.set_xscale("log", subs=(1.5, 2, 3, 4, 5, 6, 8))  # all nine would run into one another
         for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             ticks(lambda seconds, _: f"{seconds:g}")
         axes.tick_params(axis="x", which="both", labelsize=8)
